@@ -6,14 +6,15 @@ Each answer is checked with the accountant's upper bound, so it never exceeds th
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable
 
 from adaclip.accounting import checks
 from adaclip.accounting.registry import DEFAULT_ACCOUNTANT, create_accountant
 from adaclip.accounting.releases import Event, SubsampledGaussian, check_guarantee
 
-_TOLERANCE = 3e-4  # stop when ε ≥ target · (1 − _TOLERANCE); 1e-3 is what the docstrings promise
-_AIM = 1.0 - 1e-4
+_TOLERANCE = 3e-4  # stop when log(ε/target) ≥ −_TOLERANCE; 1e-3 is what the docstrings promise
+_AIM = -1.5e-4  # where log(ε/target) is wanted
 _WIDTH = 1e-6  # relative width of the bracket at which a jump of the bound is accepted
 _SIGMA_RANGE = (1e-3, 1e9)
 _RATE_FLOOR = 1e-30
@@ -56,31 +57,24 @@ def calibrate_noise(
     sample_rate = checks.positive_probability("sample_rate", sample_rate)
     steps = checks.integer("steps", steps, 1)
     budget.release(sample_rate, 1.0)
-    target = budget.target
 
-    def epsilon(sigma: float) -> float:
-        return budget.epsilon(sample_rate, sigma, steps)
+    def excess(x: float) -> float:
+        return budget.excess(sample_rate, math.exp(-x), steps)
 
-    # First order in 1/σ, so that most brackets need one step.
-    guess = sample_rate * math.sqrt(2.0 * steps * math.log(1.0 / budget.delta)) / target
-    low = high = min(max(guess, 0.3), _SIGMA_RANGE[1])
-    factor = 1.5
-    while epsilon(high) > target:
-        if high >= _SIGMA_RANGE[1]:
-            raise ValueError(
-                f"{budget}, sample_rate={sample_rate!r}, steps={steps}: "
-                f"even noise multiplier {high:g} gives epsilon {epsilon(high):.4g}"
-            )
-        low, high = high, min(high * factor, _SIGMA_RANGE[1])
-        factor *= factor
-    factor = 1.5
-    while low >= high:
-        low = max(high / factor, _SIGMA_RANGE[0])
-        if epsilon(low) <= target:
-            if low == _SIGMA_RANGE[0]:
-                return low
-            high, factor = low, factor * factor
-    return _solve(epsilon, target, good=high, bad=low)
+    # Few participations make the unsampled release's loss; many, and the central limit counts.
+    expected = sample_rate * steps
+    most = min(float(steps), expected + math.sqrt(2.0 * expected * budget.surprise) + budget.surprise)
+    few = math.log(budget.mu) - 0.5 * math.log(most)
+    many = _log_rate(2.0 * (math.log(budget.mu) - math.log(sample_rate)) - math.log(steps))
+    slope = budget.slope * (_bend(many) if many > few else 1.0)
+    found = _highest(excess, max(few, many), slope, -math.log(_SIGMA_RANGE[1]), -math.log(_SIGMA_RANGE[0]))
+    if found is None:
+        sigma = _SIGMA_RANGE[1]
+        raise ValueError(
+            f"{budget}, sample_rate={sample_rate!r}, steps={steps}: "
+            f"even noise multiplier {sigma:g} gives epsilon {budget.epsilon(sample_rate, sigma, steps):.4g}"
+        )
+    return math.exp(-found)
 
 
 def calibrate_sample_rate(
@@ -119,20 +113,19 @@ def calibrate_sample_rate(
         )
     budget.release(1.0, noise_multiplier)
 
-    def epsilon(rate: float) -> float:
-        return budget.epsilon(rate, noise_multiplier, steps)
+    def excess(x: float) -> float:
+        return budget.excess(math.exp(x), noise_multiplier, steps)
 
-    good = bad = 1.0
-    factor = 8.0
-    while epsilon(good) > budget.target:
-        if good <= _RATE_FLOOR:
-            raise ValueError(
-                f"{budget}, noise_multiplier={noise_multiplier!r}, steps={steps}: "
-                f"even sampling rate {good:g} gives epsilon {epsilon(good):.4g}"
-            )
-        bad, good = good, max(good / factor, _RATE_FLOOR)
-        factor *= 2.0
-    return good if good == 1.0 else _solve(epsilon, budget.target, good=good, bad=bad)
+    start = math.log(budget.mu) - 0.5 * (math.log(steps) + _log_variance(noise_multiplier))
+    start = max(start, math.log(budget.delta) - math.log(steps))
+    found = _highest(excess, start, budget.slope, math.log(_RATE_FLOOR), 0.0)
+    if found is None:
+        epsilon = budget.epsilon(_RATE_FLOOR, noise_multiplier, steps)
+        raise ValueError(
+            f"{budget}, noise_multiplier={noise_multiplier!r}, steps={steps}: "
+            f"even sampling rate {_RATE_FLOOR:g} gives epsilon {epsilon:.4g}"
+        )
+    return math.exp(found)
 
 
 def calibrate_steps(
@@ -166,41 +159,37 @@ def calibrate_steps(
     noise_multiplier = checks.positive_finite("noise_multiplier", noise_multiplier)
     budget.release(sample_rate, noise_multiplier)
 
-    def excess(steps: int) -> float:
-        """log(ε/target): at most 0 where the steps fit."""
-        return _log(budget.epsilon(sample_rate, noise_multiplier, steps)) - math.log(budget.target)
-
-    good, f_good = 1, excess(1)
-    if f_good > 0.0:
+    many = 2.0 * (math.log(budget.mu) - math.log(sample_rate)) - _log_variance(noise_multiplier)
+    start = max(many, 2.0 * (math.log(budget.mu) + math.log(noise_multiplier)))
+    hunt = _Hunt(0.0, math.log(_MAX_STEPS), 0.5 * budget.slope)
+    good, bad = 0, _MAX_STEPS + 1
+    steps = min(max(round(math.exp(min(start, hunt.high))), 1), _MAX_STEPS)
+    while bad - good > 1:
+        value = budget.excess(sample_rate, noise_multiplier, steps)
+        if value <= 0.0:
+            good = steps
+        else:
+            bad = steps
+        hunt.add(math.log(steps), value)
+        steps = min(max(round(math.exp(hunt.guess(0.0))), good + 1), bad - 1)
+    if good == 0:
+        epsilon = budget.epsilon(sample_rate, noise_multiplier, 1)
         raise ValueError(
             f"{budget}, sample_rate={sample_rate!r}, noise_multiplier={noise_multiplier!r}: "
-            f"one step already gives epsilon {budget.epsilon(sample_rate, noise_multiplier, 1):.4g}"
+            f"one step already gives epsilon {epsilon:.4g}"
         )
-    # ε grows at most about like the number of steps and at least about like its square root.
-    bad, f_bad = 2, excess(2)
-    while f_bad <= 0.0:
-        if bad >= _MAX_STEPS:
-            return bad
-        good, f_good = bad, f_bad
-        bad = min(max(2 * good, math.ceil(good * math.exp(min(-1.5 * f_good, 14.0)))), _MAX_STEPS)
-        f_bad = excess(bad)
-    bisect = False
-    while bad - good > 1:
-        # As in _solve, on integers: log ε is nearly a straight line over log steps.
-        weight = 0.5 if bisect or not math.isfinite(f_bad - f_good) else f_bad / (f_bad - f_good)
-        guess = round(math.exp(math.log(bad) + weight * (math.log(good) - math.log(bad))))
-        middle, width = min(max(guess, good + 1), bad - 1), bad - good
-        value = excess(middle)
-        if value <= 0.0:
-            good, f_good = middle, value
-        else:
-            bad, f_bad = middle, value
-        bisect = not bisect and bad - good > 0.5 * width
     return good
 
 
 class _Budget:
-    """A target, and ε of steps that are to meet it; its text begins an error message."""
+    """A target, and ε of steps that are to meet it; its text begins an error message.
+
+    Attributes:
+        target, delta: the budget.
+        surprise: log(1/δ).
+        mu: μ for which N(μ, 1) against N(0, 1) costs about the target: where the search begins.
+        slope: d log ε/d log μ there.
+    """
 
     def __init__(
         self,
@@ -218,6 +207,14 @@ class _Budget:
         self._accountant = create_accountant(accountant, adjacency)
         for release, count in spent:
             self._accountant.add(release, count)
+        # ε = μ²/2 + μz, solved for μ; a neighbor that moves twice as far leaves half of it.
+        self.surprise = -math.log(self.delta)
+        z = math.sqrt(2.0 * self.surprise)
+        mu = (
+            math.sqrt(2.0) * self.target / (math.sqrt(self.surprise + self.target) + math.sqrt(self.surprise))
+        )
+        self.slope = (mu + z) / (0.5 * mu + z)
+        self.mu = 0.5 * mu if adjacency == "replace_one" else mu
 
     def release(self, sample_rate: float, sigma: float) -> SubsampledGaussian:
         """One step, checked to have a guarantee."""
@@ -229,6 +226,14 @@ class _Budget:
         """Upper bound on ε of everything spent and ``steps`` steps."""
         return self._accountant.epsilon_after(self.release(sample_rate, sigma), steps, self.delta)
 
+    def excess(self, sample_rate: float, sigma: float, steps: int) -> float:
+        """log(ε/target): at most 0 exactly where the steps fit."""
+        epsilon = self.epsilon(sample_rate, sigma, steps)
+        if epsilon <= 0.0:
+            return -math.inf
+        value = math.log(epsilon) - math.log(self.target)
+        return min(value, 0.0) if epsilon <= self.target else max(value, sys.float_info.min)
+
     def __str__(self) -> str:
         spent = (
             f", with {self._accountant.get_epsilon(self.delta):.4g} spent" if self._accountant.history else ""
@@ -236,28 +241,92 @@ class _Budget:
         return f"target_epsilon={self.target!r} cannot be met at delta={self.delta!r}{spent}"
 
 
-def _solve(epsilon: Callable[[float], float], target: float, *, good: float, bad: float) -> float:
-    """An x between ``good`` (ε ≤ target) and ``bad`` (ε > target) with ε(x) just below the target.
+class _Hunt:
+    """Where to look next for the highest x at which an increasing function is at most 0.
 
-    False position on log x, log ε (nearly a straight line), with a bisection whenever it did not halve the
-    bracket.
+    The zero of the secant through the last two values, until that closes in too slowly: then half the bracket, or
+    strides that grow while there is none. Infinite values and jumps are allowed.
+
+    Args:
+        low, high: limits of x.
+        slope: of the function, until two values are known.
     """
-    goal = math.log(target * _AIM)
-    log_good, log_bad = math.log(good), math.log(bad)
-    f_good, f_bad = _log(epsilon(good)) - goal, _log(epsilon(bad)) - goal
-    bisect = False
-    while math.exp(f_good) * _AIM < 1.0 - _TOLERANCE and abs(log_bad - log_good) > _WIDTH:
-        weight = 0.5 if bisect or not math.isfinite(f_bad - f_good) else f_bad / (f_bad - f_good)
-        log_x = log_bad + weight * (log_good - log_bad)
-        width = abs(log_bad - log_good)
-        value = epsilon(math.exp(log_x))
-        if value <= target:
-            log_good, f_good = log_x, _log(value) - goal
+
+    def __init__(self, low: float, high: float, slope: float) -> None:
+        self.low, self.high = low, high
+        self.good: float | None = None
+        self.bad: float | None = None
+        self._slope, self._slow = slope, False
+        self._move = 0.25
+        self._last: tuple[float, float] | None = None
+
+    @property
+    def width(self) -> float:
+        """Of the bracket; inf as long as there is none."""
+        return math.inf if self.good is None or self.bad is None else self.bad - self.good
+
+    def add(self, x: float, value: float) -> None:
+        """The function is ``value`` at x, which lies between the ends of the bracket."""
+        width = self.width
+        if value <= 0.0:
+            self.good = x
         else:
-            log_bad, f_bad = log_x, _log(value) - goal
-        bisect = not bisect and abs(log_bad - log_good) > 0.5 * width
-    return math.exp(log_good)
+            self.bad = x
+        if self._last is not None:
+            before, last = self._last
+            slope = (value - last) / (x - before)
+            if 0.0 < slope < math.inf:
+                self._slope = slope
+            self._slow = not abs(value) < 0.5 * abs(last) and not self.width < 0.5 * width
+        self._last = x, value
+
+    def guess(self, aim: float) -> float:
+        """Where the value may be ``aim`` (≤ 0)."""
+        x, value = self._last
+        step = (aim - value) / self._slope
+        if self.good is not None and self.bad is not None:
+            inside = self.good < x + step < self.bad
+            return x + step if inside and not self._slow else 0.5 * (self.good + self.bad)
+        least = 2.0 * self._move if self._slow else 0.0
+        self._move = min(max(abs(step), least), 4.0 * self._move)
+        return min(max(x + math.copysign(self._move, step), self.low), self.high)
 
 
-def _log(value: float) -> float:
-    return math.log(value) if value > 0.0 else -math.inf
+def _highest(
+    excess: Callable[[float], float], start: float, slope: float, low: float, high: float
+) -> float | None:
+    """The highest x in [low, high], up to the tolerance, with ``excess(x)`` ≤ 0; None if there is none."""
+    hunt = _Hunt(low, high, slope)
+    x = min(max(start, low), high)
+    while True:
+        value = excess(x)
+        if value <= 0.0 and (value >= -_TOLERANCE or x == high):
+            return x
+        if value > 0.0 and x == low:
+            return None
+        hunt.add(x, value)
+        if hunt.width <= _WIDTH:
+            return hunt.good
+        x = hunt.guess(_AIM)
+
+
+def _log_variance(sigma: float) -> float:
+    """log(e^{1/σ²} − 1), the variance of one sampled step's likelihood ratio without its q²."""
+    rate = -2.0 * math.log(sigma)
+    if rate < -700.0 or rate > 700.0:
+        return rate if rate < 0.0 else math.inf
+    rate = math.exp(rate)
+    return rate + math.log(-math.expm1(-rate))
+
+
+def _log_rate(log_variance: float) -> float:
+    """log(1/σ) that has this ``_log_variance``."""
+    if log_variance < -30.0:
+        return 0.5 * log_variance
+    return 0.5 * math.log(max(log_variance, 0.0) + math.log1p(math.exp(-abs(log_variance))))
+
+
+def _bend(x: float) -> float:
+    """d/dx ½·log(e^{1/σ²} − 1) at x = log(1/σ)."""
+    rate = math.exp(min(2.0 * x, 700.0))
+    return rate / -math.expm1(-rate) if rate > 0.0 else 1.0
