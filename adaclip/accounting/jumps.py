@@ -21,6 +21,8 @@ from scipy.special import logsumexp
 from adaclip.accounting.atoms import EPS, Atoms
 from adaclip.accounting.transform import Composed, Contour, Tilted
 
+_MOST = 500.0  # largest log((B + J)^T/B^T) at ω = 0
+
 
 class ComposedJumps(Composed):
     """(B + J)^T − B^T along a contour. Laws added by ``add`` have no large part."""
@@ -55,8 +57,10 @@ class ComposedJumps(Composed):
             jumps, jumps_error = self._values(j, rows)
             bound = np.abs(values) + error
             self._multiply(values, bound, error, n)
-            share = jumps / np.where(np.abs(values) > 1e-200, values, 1e-200)
-            self._ratio += n @ _log1p(share)
+            # B at its bound, as in the product: what is computed stays below the bound on its size, and where |B|
+            # is rounding alone nothing is divided by it.
+            turn = np.exp(-1j * np.arctan2(values.imag, values.real))
+            self._ratio += n @ _log1p(jumps / bound * turn)
             both = bound + ratio[rows, None]
             self._log_both += n @ np.log(both / bound)
             self._large += n @ (ratio[rows, None] / both)
@@ -64,22 +68,25 @@ class ComposedJumps(Composed):
 
     def _sizes(self) -> tuple[np.ndarray, float]:
         log_size = self._log_bound + self._log_both + np.log(np.minimum(np.maximum(self._large, 1e-300), 1.0))
-        return log_size, math.expm1(min(self._log_ratio, 700.0))
+        # So many large losses are no case for this; without a limit nothing is claimed.
+        return log_size, math.expm1(self._log_ratio) if self._log_ratio < _MOST else math.inf
 
     def _rounding(self) -> np.ndarray:
         # |∂| of (b + j)^T − b^T in b is at most T(T − 1)·(b + j)^{T−2}·j, in j at most T·(b + j)^{T−1}.
         large = np.maximum(self._large, 1e-300)
-        absolute = (
-            self._large * (super()._rounding() + EPS * (16.0 + np.abs(self._ratio))) + self._large_error
-        )
+        own = EPS * (128.0 + 2.0 * np.abs(self._ratio))
+        absolute = self._large * (super()._rounding() + own) + self._large_error
         return absolute / np.minimum(large, 1.0)
 
     def _product(self) -> np.ndarray:
-        x, y = self._ratio.real, self._ratio.imag
-        with np.errstate(over="ignore", invalid="ignore"):
-            real = np.expm1(x) * np.cos(y) - 2.0 * np.sin(0.5 * y) ** 2
-            change = real + 1j * np.exp(x) * np.sin(y)
-            return np.nan_to_num(super()._product() * change, nan=0.0, posinf=0.0, neginf=0.0)
+        # B^T·expm1(T·log1p(J/B)); where that is large B^T may underflow, and the difference is well conditioned.
+        both = np.exp(
+            np.minimum(self._log_bound + self._ratio.real, 600.0) + 1j * (self._phase + self._ratio.imag)
+        )
+        x, y = np.minimum(self._ratio.real, 1.0), self._ratio.imag
+        real = np.expm1(x) * np.cos(y) - 2.0 * np.sin(0.5 * y) ** 2
+        small = super()._product()
+        return np.where(self._ratio.real > 1.0, both - small, small * (real + 1j * np.exp(x) * np.sin(y)))
 
     def _alias(self, epsilon: float) -> float:
         log_moment = self._log_alias + _log_expm1(self._alias_ratio)
@@ -89,8 +96,11 @@ class ComposedJumps(Composed):
 def _log1p(z: np.ndarray) -> np.ndarray:
     """log(1 + z), accurate for small complex z."""
     x, y = z.real, z.imag
-    with np.errstate(over="ignore", divide="ignore"):
-        return 0.5 * np.log1p(np.maximum(2.0 * x + x * x + y * y, -1.0)) + 1j * np.arctan2(y, 1.0 + x)
+    size = np.hypot(1.0 + x, y)
+    near = np.abs(z) < 0.5
+    x_near, y_near = np.where(near, x, 0.0), np.where(near, y, 0.0)
+    close = 0.5 * np.log1p(2.0 * x_near + x_near * x_near + y_near * y_near)
+    return np.where(near, close, np.log(np.maximum(size, 1e-300))) + 1j * np.arctan2(y, 1.0 + x)
 
 
 def _log_expm1(x: float) -> float:
