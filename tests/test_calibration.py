@@ -133,7 +133,7 @@ def test_noise_of_the_vgg_recipes():
         (2000, 3.0, 5.18),
     ]:
         schedule = {"target_epsilon": target, "delta": 1e-5, "sample_rate": 4096 / 50000, "steps": count}
-        assert calibrate_noise(**schedule) == pytest.approx(published, rel=3e-3)
+        assert calibrate_noise(**schedule) == pytest.approx(published, rel=4e-3)
         assert published < calibrate_noise(**schedule, accountant="rdp") < 1.15 * published
 
 
@@ -186,6 +186,46 @@ def test_out_of_reach_is_a_clear_error():
         )
 
 
+def powers(low, high):
+    return st.floats(low, high).map(lambda e: 10.0**e)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["noise", "rate", "steps"]),
+    powers(-12, 12),
+    powers(-300, -0.001),
+    powers(-30, 0),
+    powers(0, 15.9).map(int),
+    powers(-5, 9),
+)
+def test_extreme_arguments_are_met_from_below_or_refused(solve, target, delta, q, count, sigma):
+    """Nothing but ValueError, and that only where the other end of the range does not meet the target either."""
+    budget = {"target_epsilon": target, "delta": delta, "accountant": "rdp"}
+    try:
+        if solve == "noise":
+            sigma = calibrate_noise(sample_rate=q, steps=count, **budget)
+            tighter = q, 0.99 * sigma, count
+            at_end = sigma < 1.01e-3
+        elif solve == "rate":
+            q = calibrate_sample_rate(noise_multiplier=sigma, steps=count, **budget)
+            tighter = min(1.01 * q, 1.0), sigma, count
+            at_end = q == 1.0
+        else:
+            count = calibrate_steps(sample_rate=q, noise_multiplier=sigma, **budget)
+            tighter = q, sigma, count + 1
+            at_end = count == 10**12
+    except ValueError as error:
+        refusal = str(error)
+    else:
+        assert epsilon(q, sigma, count, delta) <= target
+        assert at_end or epsilon(*tighter, delta) > target
+        return
+    assert "cannot be met" in refusal
+    loosest = {"noise": (q, 1e9, count), "rate": (1e-30, sigma, count), "steps": (q, sigma, 1)}[solve]
+    assert epsilon(*loosest, delta) > target
+
+
 GOOD = {"target_epsilon": 3.0, "delta": 1e-5, "sample_rate": 0.01, "steps": 100, "noise_multiplier": 1.0}
 FUNCTIONS = {
     calibrate_noise: ("target_epsilon", "delta", "sample_rate", "steps"),
@@ -221,4 +261,4 @@ def test_calibration_asks_for_few_evaluations():
     calibrate_noise(
         target_epsilon=2.7182818, delta=1e-5, sample_rate=256 / 60001, steps=14_003, accountant="rdp"
     )
-    assert _cached.cache_info().misses - before <= 20
+    assert _cached.cache_info().misses - before <= 6
