@@ -18,7 +18,8 @@ import math
 import numpy as np
 from scipy.special import logsumexp
 
-from adaclip.accounting.atoms import EPS, Atoms
+from adaclip.accounting.atoms import Atoms
+from adaclip.accounting.mixtures import EPS
 from adaclip.accounting.transform import Composed, Contour, Tilted
 
 _MOST = 500.0  # largest log((B + J)^T/B^T) at ω = 0

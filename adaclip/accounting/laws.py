@@ -8,8 +8,9 @@ import math
 import numpy as np
 from scipy.special import ndtri
 
-from adaclip.accounting.atoms import EPS, Atoms
+from adaclip.accounting.atoms import Atoms
 from adaclip.accounting.gaussian import gaussian_log_delta, log_cell_masses, sampled_loss
+from adaclip.accounting.mixtures import EPS
 
 _CELLS = 3000
 

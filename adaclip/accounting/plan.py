@@ -16,7 +16,8 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import expit, ndtri
 
-from adaclip.accounting.atoms import Atoms, Mixtures, discretize
+from adaclip.accounting.atoms import Atoms, discretize
+from adaclip.accounting.mixtures import Mixtures
 from adaclip.accounting.transform import Contour
 
 _STEP = 0.2  # of the coarse cells, in units of the noise
@@ -72,7 +73,7 @@ class Draft:
         threshold: np.ndarray | None = None,
     ) -> None:
         self.law, self.counts, self.part = law, counts, part
-        self._gauss, self._log_delta = gauss, math.log(delta)
+        self.gauss, self._log_delta = gauss, math.log(delta)
         self._parts: list[tuple[Atoms, np.ndarray]] = []
         self._tails: list[tuple[Atoms, np.ndarray]] = []  # upper laws: coarse cells hide how heavy a tail is
         self._jumps: Atoms | None = None
@@ -105,8 +106,8 @@ class Draft:
 
     def moments(self, s: float) -> tuple[float, float, float]:
         """log of the part's moment function at s, and its first two derivatives."""
-        value = 0.5 * self._gauss * s * (s - 1.0)
-        first, second = self._gauss * (s - 0.5), self._gauss
+        value = 0.5 * self.gauss * s * (s - 1.0)
+        first, second = self.gauss * (s - 0.5), self.gauss
         for atoms, counts in self._parts:
             total, mean, variance = _cumulants(atoms, s)
             value += float(counts @ total)
@@ -162,7 +163,7 @@ class Draft:
         """The saddle-point approximation of δ(ε)."""
         s = self.saddle_at(epsilon)
         curvature = self.moments(s)[2] + s**-2 + (s - 1.0) ** -2
-        return math.exp(min(self._height(s, epsilon) - 0.5 * math.log(2.0 * math.pi * curvature), 0.0))
+        return math.exp(min(self.height(s, epsilon) - 0.5 * math.log(2.0 * math.pi * curvature), 0.0))
 
     def saddle_at(self, epsilon: float) -> float:
         """s of the saddle point for a given ε."""
@@ -183,13 +184,13 @@ class Draft:
     def plan(self, epsilon: float, target: Target) -> Plan:
         """Contour and cells for the errors of ``target``, near (ε, δ)."""
         saddle = self.saddle_at(epsilon)
-        height = self._height(saddle, epsilon)
+        height = self.height(saddle, epsilon)
         best: Plan | None = None
         # A heavy tail makes the window at the saddle point long: further left it is shorter, and terms that
         # are up to e⁶ times larger relative to δ cost no accuracy that matters.
         for share in _TILTS:
             s = 1.0 + (saddle - 1.0) * share
-            if self._height(s, epsilon) > height + 6.0:
+            if self.height(s, epsilon) > height + 6.0:
                 break
             contour = self._contour(s, epsilon, target)
             if best is None or contour.count < best.contour.count:
@@ -197,27 +198,36 @@ class Draft:
         assert best is not None
         return best
 
-    def _height(self, s: float, epsilon: float) -> float:
+    def height(self, s: float, epsilon: float) -> float:
+        """log of the integrand at s, ω = 0."""
         return self.moments(s)[0] - (s - 1.0) * epsilon - math.log(s * (s - 1.0))
 
     def _contour(self, s: float, epsilon: float, target: Target) -> Contour:
         log_tolerance = math.log(min(0.01 * (s - 1.0) * target.damping, 1e-3)) + self._log_delta
         tau = math.sqrt(target.damping / target.bend)
-        if self._gauss >= tau * tau:
+        if self.gauss >= tau * tau:
             tau = 0.0
-        damping = tau * tau + self._gauss
+        damping = tau * tau + self.gauss
+        window, alias = self.window(s, epsilon, log_tolerance)
+        scale = max(self.height(s, epsilon) - self._log_delta, 0.0)
+        reach = math.sqrt(2.0 * (3.0 + scale + self._log_delta - log_tolerance) / damping)
+        count = min(int(reach * window / (2.0 * math.pi)) + 2, _FREQUENCIES)
+        return Contour(float(s), alias, window, count, tau)
+
+    def window(self, s: float, epsilon: float, log_tolerance: float) -> tuple[float, float]:
+        """(W, alias) for which the neighboring windows add less than e^``log_tolerance`` to δ(ε)."""
         left = -log_tolerance / (s - 1.0)
         right, alias = min(
             self._right_window(s, a, epsilon, log_tolerance) for a in 1.0 + (s - 1.0) * _ALIASES
         )
-        window = 1.05 * max(left, right)
-        scale = max(self._height(s, epsilon) - self._log_delta, 0.0)
-        reach = math.sqrt(2.0 * (3.0 + scale + self._log_delta - log_tolerance) / damping)
-        count = min(int(reach * window / (2.0 * math.pi)) + 2, _FREQUENCIES)
-        return Contour(float(s), float(alias), float(window), count, tau)
+        return 1.05 * float(max(left, right)), float(alias)
+
+    def spread(self, s: float) -> float:
+        """Standard deviation of the tilted loss."""
+        return math.sqrt(self.moments(s)[2])
 
     def _right_window(self, s: float, a: float, epsilon: float, log_tolerance: float) -> tuple[float, float]:
-        height = 0.5 * self._gauss * a * (a - 1.0)
+        height = 0.5 * self.gauss * a * (a - 1.0)
         height += sum(float(counts @ _tilted(atoms, a)[1]) for atoms, counts in self._tails)
         if self._jump_tail is not None:
             odds = _tilted(self._jump_tail, a)[1] - _tilted(self._tails[0][0], a)[1]

@@ -30,6 +30,7 @@ from adaclip.accounting.gaussian import (
 from adaclip.accounting.plan import Target
 from adaclip.accounting.releases import Event
 from adaclip.accounting.search import Search, Sum
+from adaclip.accounting.smooth import Side
 from adaclip.accounting.terms import Terms, collect
 
 _ROUNDS = 12
@@ -94,6 +95,12 @@ def _closed_form(terms: Terms, delta: float) -> float | None:
 def _direction(terms: Terms, delta: float, swapped: bool, rel: float, known: float) -> tuple[float, float]:
     """Bounds for one direction; the lower one may be 0 where the upper one is below ``known`` already."""
     search = Search(terms, swapped, delta)
+    smooth = search.smooth(search.epsilon, rel * search.epsilon) if search.epsilon > 0.0 else None
+    if smooth is not None:
+        high = solve(Side(smooth, upper=True), delta, search.epsilon)
+        low = solve(Side(smooth, upper=False), delta, min(high, 1e300))
+        if high - low <= rel * high:
+            return low, high
     best, last = (0.0, math.inf), math.inf
     epsilon = max(search.epsilon, 1e-3 * search.spread)
     share = 0.4 * rel
@@ -209,6 +216,11 @@ def _delta_of_direction(terms: Terms, epsilon: float, swapped: bool, rel: float)
         delta = min(max(search.delta_at(epsilon), _NEGLIGIBLE), 0.5)
     search = Search(terms, swapped, delta)
     bend = 1.0 + 1.0 / max(search.spread, 1e-9)
+    smooth = search.smooth(epsilon, rel / bend)
+    if smooth is not None:
+        low, high = smooth.delta(epsilon, upper=False)[0], smooth.delta(epsilon, upper=True)[0]
+        if high - low <= rel * high:
+            return low, high
     target = Target(0.2 * rel / bend, 0.2 * rel / bend, bend)
     best = (0.0, 1.0)
     for _ in range(_ROUNDS):

@@ -6,9 +6,12 @@ import math
 
 import numpy as np
 
-from adaclip.accounting.atoms import Atoms, Mixtures, discretize
+from adaclip.accounting.atoms import Atoms, discretize
+from adaclip.accounting.course import find_course
 from adaclip.accounting.jumps import ComposedJumps
+from adaclip.accounting.mixtures import Mixtures
 from adaclip.accounting.plan import Draft, Plan, Target
+from adaclip.accounting.smooth import Smooth, factors
 from adaclip.accounting.terms import Terms
 from adaclip.accounting.transform import Composed
 
@@ -103,6 +106,20 @@ class Search:
         threshold = np.clip(threshold, grid[:, 5], grid[:, -5])
         self._threshold = threshold
         self._drafts = [self._draft("small", threshold), self._draft("jumps", threshold)]
+
+    def smooth(self, epsilon: float, accuracy: float) -> Smooth | None:
+        """The composition by exact moment functions, if these fall fast enough, for ``accuracy`` in ε."""
+        if self._law is None or self._terms.fixed:
+            return None
+        course = find_course(self._drafts[0], self._swapped, epsilon, math.log(self._delta), accuracy)
+        if course is None:
+            return None
+        law, counts = self._terms.mixtures, self._terms.counts
+        out = Smooth(course)
+        out.add(factors(law, course), counts)
+        out.add_gaussian(self._terms.gauss)
+        out.add_overflow(self._terms.overflow)
+        return out
 
     def compose(self, epsilon: float, target: Target, *, rough: bool = False) -> tuple[Sum, Sum]:
         """(lower, upper) near ε; ``rough`` takes the representatives for all, and certifies nothing."""

@@ -20,9 +20,10 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import erf, gammaln
 
-from adaclip.accounting.atoms import Atoms, Mixtures
+from adaclip.accounting.atoms import Atoms
 from adaclip.accounting.gaussian import RELATIVE
 from adaclip.accounting.laws import approximate_law, fixed_size_law, laplace_law, replacement_law
+from adaclip.accounting.mixtures import Mixtures
 from adaclip.accounting.releases import ApproximateDP, Event, Laplace, PureDP, SubsampledGaussian
 
 

@@ -28,10 +28,12 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import logsumexp
 
-from adaclip.accounting.atoms import EPS, Atoms
+from adaclip.accounting.atoms import Atoms
+from adaclip.accounting.mixtures import EPS
 
 _ONE_THREAD = 50_000  # multiplications of a product
 _ROWS = 8  # of the left factor
+_SHORT = 32  # longest table whose entries are each one product further than the last
 _TABLE = 1e5  # numbers in a chunk's tables
 _FADED = -60.0  # log of a term, relative to the largest, that is bounded and not summed
 
@@ -65,13 +67,15 @@ class Tilted(NamedTuple):
         weights: [E, n], summing to 1.
         loss: [E, n].
         log_total: [E] log G(s).
-        rounding: [E] relative rounding of G(s + iω), for every ω, but for that of the sum itself.
+        rounding: [E] relative rounding of G(s + iω), for every ω, but for that of the sum and of the angles.
+        moved: [E] mean rounding of the losses, which turns the terms by ω times as much.
     """
 
     weights: np.ndarray
     loss: np.ndarray
     log_total: np.ndarray
     rounding: np.ndarray
+    moved: np.ndarray
 
     @classmethod
     def of(cls, atoms: Atoms, s: float) -> Tilted:
@@ -83,7 +87,9 @@ class Tilted(NamedTuple):
         rounding = (weights * (atoms.error + s * atoms.moved + s * s * atoms.bent)).sum(axis=1)
         size = np.abs(top[:, 0]) + s * np.abs(atoms.loss * weights).sum(axis=1)
         rounding += EPS * (8.0 + weights.shape[1] + size)
-        return cls(weights, atoms.loss, (top + np.log(total))[:, 0], rounding)
+        return cls(
+            weights, atoms.loss, (top + np.log(total))[:, 0], rounding, (weights * atoms.moved).sum(axis=1)
+        )
 
 
 class Composed:
@@ -149,31 +155,12 @@ class Composed:
         spread = (weights * np.abs(loss)).sum(axis=1, keepdims=True)
         size = weights.sum(axis=1, keepdims=True)
         error = tilted.rounding[rows, None] * size
-        powers = 16.0 * self.contour.count**0.25  # of four tables, each of count^(1/4) factors
+        powers = power_rounding(self.contour.count)
         error = error + EPS * (
             size * (2.0 * weights.shape[1] + 64.0 + powers) + 4.0 * spread * self.contour.frequencies()
         )
-        return self._transform(weights, loss), error
-
-    def _transform(self, weights: np.ndarray, loss: np.ndarray) -> np.ndarray:
-        """Σ_k weights_k e^{iω_j loss_k}, [E, count], as a product of two short tables of powers."""
-        count = self.contour.count
-        angle = (2.0 * math.pi / self.contour.window) * loss
-        fine = _powers(angle, math.isqrt(count))
-        inner = fine.shape[1]
-        coarse = _powers(inner * angle, -(-count // inner))
-        fine = np.ascontiguousarray((fine * weights[:, None, :]).transpose(0, 2, 1))
-        # Products this small run on one thread in OpenBLAS: starting its threads would cost more, and a hundred
-        # times more where other work holds the cores.
-        outer, atoms = coarse.shape[1:]
-        deep = max(1, _ONE_THREAD // (_ROWS * inner))
-        values = np.zeros((len(weights), outer, inner), dtype=np.complex128)
-        for k in range(0, atoms, deep):
-            for row in range(0, outer, _ROWS):
-                values[:, row : row + _ROWS] += (
-                    coarse[:, row : row + _ROWS, k : k + deep] @ fine[:, k : k + deep]
-                )
-        return values.reshape(len(weights), -1)[:, :count]
+        error += size * tilted.moved[rows, None] * self.contour.frequencies()
+        return characteristic(weights, loss, self.contour), error
 
     def add_gaussian(self, mu_squared: float) -> None:
         """Compose a Gaussian pair N(μ, 1), N(0, 1): exact."""
@@ -280,9 +267,40 @@ class Composed:
         return left + math.exp(min(log_right, 700.0))
 
 
+def characteristic(weights: np.ndarray, loss: np.ndarray, contour: Contour) -> np.ndarray:
+    """Σ_k weights_k e^{iω_j loss_k}, [E, count], as a product of two short tables of powers."""
+    count = contour.count
+    angle = (2.0 * math.pi / contour.window) * loss
+    fine = _powers(angle, math.isqrt(count))
+    inner = fine.shape[1]
+    coarse = _powers(inner * angle, -(-count // inner))
+    coarse *= weights[:, None, :]
+    fine = fine.transpose(0, 2, 1)
+    # Products this small run on one thread in OpenBLAS: starting its threads would cost more, and a hundred
+    # times more where other work holds the cores.
+    outer, atoms = coarse.shape[1:]
+    if outer * inner * atoms <= _ONE_THREAD:
+        return (coarse @ fine).reshape(len(weights), -1)[:, :count]
+    fine = np.ascontiguousarray(fine)
+    deep = max(1, _ONE_THREAD // (_ROWS * inner))
+    values = np.zeros((len(weights), outer, inner), dtype=np.complex128)
+    for k in range(0, atoms, deep):
+        for row in range(0, outer, _ROWS):
+            values[:, row : row + _ROWS] += coarse[:, row : row + _ROWS, k : k + deep] @ fine[:, k : k + deep]
+    return values.reshape(len(weights), -1)[:, :count]
+
+
+def power_rounding(count: int) -> float:
+    """Rounding of each factor e^{iω_j loss} in ``characteristic``, in units of eps, but for that of the angle."""
+    # Of two tables, or of four, whose entries are products of up to as many factors as they are long.
+    return 8.0 * math.sqrt(count) if count <= _SHORT**2 else 16.0 * count**0.25
+
+
 def _powers(angle: np.ndarray, count: int) -> np.ndarray:
-    """e^{ij·angle}, [E, at least count, n] for angles [E, n], as products of two short tables."""
-    short = max(1, math.isqrt(count))
+    """e^{ij·angle}, [E, at least count, n] for angles [E, n]; a long table as products of two short ones."""
+    if count <= _SHORT:
+        return _table(angle, count)
+    short = math.isqrt(count)
     long = -(-count // short)
     table = _table(short * angle, long)[:, :, None, :] * _table(angle, short)[:, None, :, :]
     return table.reshape(len(angle), long * short, -1)

@@ -1,0 +1,172 @@
+"""Gauss–Legendre quadrature of a subsampled Gaussian step's moment function, with a proven error.
+
+E_Q[u^{a + iω}] is an integral over the noise y of φ(y)·u(y)^{a + iω}, u = 1 − q + q·w(y) (see ``mixtures``). The
+noise between two ends is cut into panels, and each is integrated by N Gauss–Legendre nodes. A function that is
+analytic and at most M on the ellipse with foci at a panel's ends and semiaxes (ρ ± 1/ρ)/2 half widths has
+Chebyshev coefficients ≤ 2M·ρ^{−k} (Bernstein). The rule is exact up to degree 2N − 1, odd terms vanish on both
+sides, and an even one of degree k ≥ 2N ≥ 4 is wrong by at most 2 + 2/(k² − 1) ≤ 32/15, so the error is at most
+
+    (half width)·(64/15)·M·ρ^{−2N}/(1 − ρ^{−2}),      N ≥ 2                 (Trefethen, ATAP, theorem 19.3)
+
+M needs no search. At y + iη the density grows by e^{η²/2}; each w_j turns by jμη, all of them by at most θ = kμ|η|.
+With r = q·w/u, for θ ≤ π/2 therefore u·(1 − r + r·cos θ) ≤ |u(y + iη)| ≤ u(y), and u turns by at most the angle of
+1 − r + r·e^{iθ}, which grows with y and η: |u^{iω}| is at most e^{ω·angle}.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from adaclip.accounting.mixtures import Mixtures, loss_rounding
+
+_PANEL = 2.5  # widest panel, in units of the noise
+_ELLIPSES = np.array([1.3, 1.7, 2.2, 3.0, 4.0, 6.0, 9.0])
+_MOST = 96  # nodes of a panel
+_LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
+
+
+class Rule(NamedTuple):
+    """Where to put nodes; any rule gives valid bounds.
+
+    Attributes:
+        nodes: [n] in (0, 1), from one end of the noise to the other.
+        log_weights: [n] of weights that sum to 1.
+        sizes: [P] nodes of each of P equal panels.
+        ellipses: [P] ρ of each panel's error bound.
+    """
+
+    nodes: np.ndarray
+    log_weights: np.ndarray
+    sizes: np.ndarray
+    ellipses: np.ndarray
+
+    @classmethod
+    def of(cls, sizes: np.ndarray, ellipses: np.ndarray) -> Rule:
+        panels = len(sizes)
+        parts = [_gauss(int(size)) for size in sizes]
+        nodes = np.concatenate([(p + x) / panels for p, (x, _) in enumerate(parts)])
+        weights = np.concatenate([w for _, w in parts])
+        return cls(nodes, np.log(weights / panels), sizes, ellipses)
+
+
+class Nodes(NamedTuple):
+    """Events' measures on the nodes.
+
+    Attributes:
+        log_mass: [E, n] logarithm of weight times Q-density.
+        loss: [E, n] log u.
+        moved: [E, n] bound on the rounding error of each loss.
+    """
+
+    log_mass: np.ndarray
+    loss: np.ndarray
+    moved: np.ndarray
+
+    def tilted(self, a: float) -> tuple[np.ndarray, np.ndarray]:
+        """(weights [E, n] of mass·u^a, summing to 1; log of their sum [E])."""
+        weights = a * self.loss
+        weights += self.log_mass
+        top = weights.max(axis=1, keepdims=True)
+        np.exp(np.subtract(weights, top, out=weights), out=weights)
+        total = weights.sum(axis=1, keepdims=True)
+        weights /= total
+        return weights, (top + np.log(total))[:, 0]
+
+
+def place(law: Mixtures, low: np.ndarray, high: np.ndarray, rule: Rule) -> Nodes:
+    """Nodes for the noise between ``low`` and ``high`` [E]."""
+    width = (high - low)[:, None]
+    y = low[:, None] + width * rule.nodes
+    log_w = law.log_w(y)
+    loss = law.loss(log_w)
+    log_mass = rule.log_weights + np.log(width) - 0.5 * y * y - _LOG_SQRT_2PI
+    return Nodes(log_mass, loss, loss_rounding(law, log_w, loss))
+
+
+def log_errors(
+    law: Mixtures,
+    low: np.ndarray,
+    high: np.ndarray,
+    panels: int,
+    ellipses: np.ndarray,
+    a: float,
+    omega: float,
+) -> np.ndarray:
+    """log of the error of each panel at N = 0, for every frequency up to ``omega``.
+
+    Args:
+        panels: P.
+        ellipses: [K, 1] or [1, P].
+
+    Returns:
+        [E, K or 1, P]; N nodes lower it by 2N·log ρ. Infinite where θ > π/2.
+    """
+    half = (0.5 * (high - low) / panels)[:, None, None]
+    center = low[:, None, None] + half * (2.0 * np.arange(panels) + 1.0)
+    reach = half * (0.5 * (ellipses + 1.0 / ellipses))
+    height = half * (0.5 * (ellipses - 1.0 / ellipses))
+    left, right = center - reach, center + reach
+    nearest = np.maximum(np.maximum(left, -right), 0.0)
+    theta = height * law.top[:, None, None]  # beyond π/2 nothing is claimed
+
+    def share_and_loss(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        flat = y.reshape(len(y), -1)
+        loss = law.loss(law.log_w(flat))
+        return -np.expm1(np.minimum(law.floor[:, None] - loss, 0.0)).reshape(y.shape), loss.reshape(y.shape)
+
+    share, loss = share_and_loss(right)
+    angle = np.arctan2(share * np.sin(theta), (1.0 - share) + share * np.cos(theta))
+    if a < 0.0:
+        loss = share_and_loss(left)[1] + np.log1p(
+            -2.0 * share * np.sin(0.5 * np.minimum(theta, 0.5 * math.pi)) ** 2
+        )
+    size = 0.5 * (height * height - nearest * nearest) - _LOG_SQRT_2PI + a * loss + omega * angle
+    size += np.log(half) + math.log(64.0 / 15.0) - np.log1p(-(ellipses**-2.0))
+    return np.where(theta <= 0.5 * math.pi, size, np.inf)
+
+
+def choose(
+    law: Mixtures, low: np.ndarray, high: np.ndarray, a: float, omega: float, log_tolerance: np.ndarray
+) -> Rule | None:
+    """A rule whose error is below e^``log_tolerance`` [E] for these events; None if it would take too many nodes."""
+    for fine in (1, 2, 4):
+        panels = fine * _panels(low, high)
+        log_error = log_errors(law, low, high, panels, _ELLIPSES[:, None], a, omega)
+        log_error -= log_tolerance[:, None, None] - math.log(panels)
+        sizes = np.maximum(log_error / (2.0 * np.log(_ELLIPSES[:, None])), 1.5).max(axis=0)
+        best = sizes.argmin(axis=0)
+        sizes = np.ceil(sizes[best, np.arange(panels)]) + 1.0
+        if (sizes <= _MOST).all():
+            return Rule.of(sizes.astype(int), _ELLIPSES[best])
+    return None
+
+
+def coarse(low: np.ndarray, high: np.ndarray) -> Rule:
+    """A rule for a first look, at ω = 0."""
+    panels = _panels(low, high)
+    return Rule.of(np.full(panels, 16), np.full(panels, 3.0))
+
+
+def _panels(low: np.ndarray, high: np.ndarray) -> int:
+    return math.ceil(float((high - low).max()) / _PANEL)
+
+
+def error(law: Mixtures, low: np.ndarray, high: np.ndarray, rule: Rule, a: float, omega: float) -> np.ndarray:
+    """[E] log of a bound on the quadrature's error at every frequency up to ``omega``."""
+    each = log_errors(law, low, high, len(rule.sizes), rule.ellipses[None, :], a, omega)[:, 0, :]
+    each = each - 2.0 * rule.sizes * np.log(rule.ellipses)
+    top = each.max(axis=1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        total = (top + np.log(np.exp(each - top).sum(axis=1, keepdims=True)))[:, 0]
+    return np.where(np.isfinite(total), total, np.inf)
+
+
+@functools.lru_cache(maxsize=_MOST)
+def _gauss(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights on (0, 1)."""
+    x, weights = np.polynomial.legendre.leggauss(size)
+    return 0.5 * (x + 1.0), 0.5 * weights
