@@ -8,12 +8,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy.special import ndtri
 
 from adaclip.accounting import quadrature
 from adaclip.accounting.decay import Decay
 from adaclip.accounting.plan import Draft
-from adaclip.accounting.smooth import Course, ends
+from adaclip.accounting.smooth import Course
 from adaclip.accounting.transform import Contour
 
 _SHARE = 1e-3  # of the wanted accuracy that most errors may take; they cost only logarithms
@@ -27,7 +26,7 @@ _OCTAVES = np.exp2(np.arange(0.0, 14.0, 0.25))
 
 
 def find_course(
-    draft: Draft, swapped: bool, epsilon: float, log_delta: float, accuracy: float
+    draft: Draft, swapped: bool, epsilon: float, log_delta: float, accuracy: float, least: float = 1.0
 ) -> Course | None:
     """A course for ε near ``epsilon``; None if the moment functions fall too slowly, or rare losses hide the others.
 
@@ -36,15 +35,15 @@ def find_course(
         swapped: the direction that adds an example.
         log_delta: log δ.
         accuracy: wanted of ε.
+        least: the share of the draft's events for which the course must do as well.
     """
     law, counts = draft.law, draft.counts
     saddle = draft.saddle_at(epsilon)
     wanted = max(accuracy * (saddle - 1.0), 1e-9)  # as a share of δ
     lost = math.exp(log_delta) * min(_LOST * wanted, 1e-4)
-    bottom = float(ndtri(min(lost / float(counts.sum()), 0.1)))
-    far = -float(ndtri(min(lost / float(counts @ law.q), 0.1)))
-    low, high = ends(law, bottom, far)
-    nodes = quadrature.place(law, low, high, quadrature.coarse(low, high))
+    bottom, far = quadrature.cuts(lost / float(counts.sum()), lost / float(counts @ law.q))
+    low, high = quadrature.ends(law, bottom, far)
+    nodes = quadrature.place(law, low, high, quadrature.coarse(law, low, high))
     log_share = math.log(min(_SHARE * wanted, 1e-3))
     best: tuple[Contour, np.ndarray, float] | None = None
     for tilt in _TILTS:
@@ -56,7 +55,9 @@ def find_course(
         a = 1.0 - s if swapped else s
         log_total = nodes.tilted(a)[1]
         decay = Decay.of(law, low, high, a, log_total)
-        last = _last(draft, decay, narrow, log_share - height - math.log(s * (s - 1.0)))
+        last = _last(
+            least * counts, least * draft.gauss, decay, narrow, log_share - height - math.log(s * (s - 1.0))
+        )
         if last * window > 2.0 * math.pi * _COUNT:
             continue
         contour = Contour(s, alias, window, int(last * window / (2.0 * math.pi)) + 2, 0.0)
@@ -71,10 +72,10 @@ def find_course(
     return None if rule is None else Course(contour, rule, bottom, far, swapped)
 
 
-def _last(draft: Draft, decay: Decay, start: float, log_enough: float) -> float:
+def _last(counts: np.ndarray, gauss: float, decay: Decay, start: float, log_enough: float) -> float:
     """A frequency beyond which the integrand may be left out; inf if there is none in sight."""
     for omega in start * _OCTAVES:
-        log_beyond = float(draft.counts @ np.log1p(-decay.deficit(omega))) - 0.5 * draft.gauss * omega * omega
+        log_beyond = float(counts @ np.log1p(-decay.deficit(omega))) - 0.5 * gauss * omega * omega
         if log_beyond - math.log(math.pi * omega) <= log_enough:
             return float(omega)
     return math.inf

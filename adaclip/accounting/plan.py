@@ -10,10 +10,10 @@ damping moves ε by τ²/2·(1 − δ''/δ') either way.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import brentq
 from scipy.special import expit, ndtri
 
 from adaclip.accounting.atoms import Atoms, discretize
@@ -149,13 +149,7 @@ class Draft:
             low -= 2.0
         while at(high)[0] > 0.0 and high < 30.0:
             high += 2.0
-        x = (
-            low
-            if at(low)[0] < 0.0
-            else high
-            if at(high)[0] > 0.0
-            else brentq(lambda x: at(x)[0], low, high, xtol=1e-3)
-        )
+        x = low if at(low)[0] < 0.0 else high if at(high)[0] > 0.0 else _root(lambda x: at(x)[0], low, high)
         _, s, epsilon = at(x)
         return s, epsilon, math.sqrt(self.moments(s)[2])
 
@@ -178,7 +172,7 @@ class Draft:
         while slope(high) < 0.0 and high < 30.0:
             high += 2.0
         return 1.0 + math.exp(
-            low if slope(low) > 0.0 else high if slope(high) < 0.0 else brentq(slope, low, high, xtol=1e-3)
+            low if slope(low) > 0.0 else high if slope(high) < 0.0 else _root(lambda x: -slope(x), low, high)
         )
 
     def plan(self, epsilon: float, target: Target) -> Plan:
@@ -204,10 +198,10 @@ class Draft:
 
     def _contour(self, s: float, epsilon: float, target: Target) -> Contour:
         log_tolerance = math.log(min(0.01 * (s - 1.0) * target.damping, 1e-3)) + self._log_delta
-        tau = math.sqrt(target.damping / target.bend)
+        tau = min(math.sqrt(target.damping / target.bend), 20.0)
         if self.gauss >= tau * tau:
             tau = 0.0
-        damping = tau * tau + self.gauss
+        damping = max(tau * tau + self.gauss, 1e-300)
         window, alias = self.window(s, epsilon, log_tolerance)
         scale = max(self.height(s, epsilon) - self._log_delta, 0.0)
         reach = math.sqrt(2.0 * (3.0 + scale + self._log_delta - log_tolerance) / damping)
@@ -232,7 +226,7 @@ class Draft:
         if self._jump_tail is not None:
             odds = _tilted(self._jump_tail, a)[1] - _tilted(self._tails[0][0], a)[1]
             ratio = float(self.counts @ np.logaddexp(0.0, odds))
-            height += ratio + math.log(-math.expm1(-ratio))
+            height += ratio + math.log(max(-math.expm1(-ratio), 1e-300))
         height += (a - 1.0) * (math.log(a - 1.0) - epsilon) - a * math.log(a)
         return (height - log_tolerance) / (a - s), a
 
@@ -244,7 +238,7 @@ class Draft:
             small, large = _cumulants(self._parts[0][0], s)[0], _cumulants(self._jumps, s)[0]
             expected = float(self.counts @ expit(large - small))
             # How many of a step's losses are large, given that one of the composition is.
-            often = expit(large - small) / -math.expm1(-expected)
+            often = expit(large - small) / max(-math.expm1(-expected), 1e-300)
             weights.append(_tilted(self._jumps, s)[0] * np.minimum(often, 1.0)[:, None])
         densities, widths = [], []
         for weight, y in zip(weights, self._grids, strict=True):
@@ -261,7 +255,9 @@ class Draft:
         out = []
         for density, width, y in zip(densities, widths, self._grids, strict=True):
             # Between the cells that carry weight the losses still must not jump by much more than 1/s.
-            rank = np.cumsum(cells * density / area + np.minimum(s * width / 1.5, 4.0) + 1e-6, axis=1)
+            rank = np.cumsum(
+                cells * density / np.maximum(area, 1e-300) + np.minimum(s * width / 1.5, 4.0) + 1e-6, axis=1
+            )
             share = np.linspace(0.0, 1.0, math.ceil(float(rank[:, -1].max())) + 1)
             known = y if rank.shape[1] < y.shape[1] else np.concatenate([y[:, :1] - 1.0, y], axis=1)
             start = np.zeros((len(y), 1))
@@ -289,6 +285,22 @@ def _tilted(atoms: Atoms, s: float) -> tuple[np.ndarray, np.ndarray]:
     weights = np.exp(weights - top)
     total = weights.sum(axis=1, keepdims=True)
     return weights / total, (top + np.log(total))[:, 0]
+
+
+def _root(f: Callable[[float], float], low: float, high: float) -> float:
+    """Where the decreasing f crosses 0, to 1e-3: regula falsi that halves the weight of an end that stays."""
+    left, right = f(low), f(high)
+    side = 0
+    for _ in range(60):
+        x = (low * right - high * left) / (right - left)
+        value = f(x)
+        if value > 0.0:
+            low, left, right, side = x, value, 0.5 * right if side == 1 else right, 1
+        else:
+            high, right, left, side = x, value, 0.5 * left if side == -1 else left, -1
+        if high - low < 1e-3 or abs(value) < 1e-6:
+            break
+    return x
 
 
 _TILTS = np.array([1.0, 0.8, 0.6, 0.45, 0.3])

@@ -16,10 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
-from scipy.optimize import minimize_scalar
-
-from adaclip.accounting.atoms import discretize
+from adaclip.accounting.chernoff import Chernoff
 from adaclip.accounting.gaussian import (
     RELATIVE,
     gaussian_epsilon,
@@ -29,13 +26,14 @@ from adaclip.accounting.gaussian import (
 )
 from adaclip.accounting.plan import Target
 from adaclip.accounting.releases import Event
-from adaclip.accounting.search import Search, Sum
-from adaclip.accounting.smooth import Side
+from adaclip.accounting.search import Search
+from adaclip.accounting.solve import solve
 from adaclip.accounting.terms import Terms, collect
 
 _ROUNDS = 12
 # log of transform / δ beyond which rounding is felt, and small and large losses are composed apart.
 _STRAIN = 4.0
+_HUGE = 100.0  # 1/σ: no accountant tells such ε apart, and losses of e^5000 overflow
 _NEGLIGIBLE = 1e-20  # a δ below it is bounded, and not told more closely
 _SMALL = 0.4  # share of ε up to which losses are small; of a few steps, so small that all stay below ε
 
@@ -68,11 +66,15 @@ def epsilon_bounds(
         return _widened(exact, terms)
     if terms.total_variation() <= delta:
         return 0.0, 0.0
-    lower = upper = 0.0
+    if terms.mixtures is not None and float(terms.mixtures.mu.max()) > _HUGE:
+        return 0.0, math.inf
+    lower = upper = saddle = 0.0
     for swapped in terms.directions:
-        if swapped and lower > 0.0 and _beaten(terms, delta, lower):
+        if swapped and lower > 0.0 and _beaten(terms, delta, lower, saddle):
             break
-        low, high = _direction(terms, delta, swapped, rel, lower)
+        search = Search(terms, swapped, delta)
+        saddle = search.bend
+        low, high = _direction(search, terms, delta, rel, lower)
         lower, upper = max(lower, low), max(upper, high)
     return lower, max(lower, min(upper, terms.largest_loss(delta)))
 
@@ -92,13 +94,11 @@ def _closed_form(terms: Terms, delta: float) -> float | None:
     return None
 
 
-def _direction(terms: Terms, delta: float, swapped: bool, rel: float, known: float) -> tuple[float, float]:
+def _direction(search: Search, terms: Terms, delta: float, rel: float, known: float) -> tuple[float, float]:
     """Bounds for one direction; the lower one may be 0 where the upper one is below ``known`` already."""
-    search = Search(terms, swapped, delta)
     smooth = search.smooth(search.epsilon, rel * search.epsilon) if search.epsilon > 0.0 else None
     if smooth is not None:
-        high = solve(Side(smooth, upper=True), delta, search.epsilon)
-        low = solve(Side(smooth, upper=False), delta, min(high, 1e300))
+        low, high = smooth.epsilon_bounds(delta, search.epsilon)
         if high - low <= rel * high:
             return low, high
     best, last = (0.0, math.inf), math.inf
@@ -152,29 +152,6 @@ def _direction(terms: Terms, delta: float, swapped: bool, rel: float, known: flo
         else:
             epsilon *= 1.5
     return best
-
-
-def solve(bound: Sum, delta: float, start: float) -> float:
-    """The bound on ε that a bound on δ(ε) gives: where it falls to δ, on its safe side; 0 if it begins below."""
-    if bound.upper and bound.delta(0.0)[0] <= delta:
-        return 0.0
-    low, high = 0.0, math.inf  # δ(low) > delta ≥ δ(high), as far as known; ε ≥ 0 needs no proof
-    x, target = max(start, 0.0), math.log(delta)
-    for _ in range(60):
-        value, slope = bound.delta(x)
-        if value > delta:
-            low = max(low, x)
-        else:
-            high = min(high, x)
-        if high < math.inf and high - low <= 1e-10 * high:
-            break
-        step = (math.log(value) - target) * value / -slope if value > 0.0 and slope < 0.0 else math.nan
-        # Overshoot a little to the side that is still open, so that the bracket closes on both.
-        guess = x + step + math.copysign(1e-11 * (abs(x) + abs(step)), step)
-        if math.isnan(guess) or not low < guess < high:
-            guess = 2.0 * low + 1e-3 if math.isinf(high) else 0.5 * (low + high)
-        x = guess
-    return high if bound.upper else low
 
 
 def delta_bounds(
@@ -241,26 +218,10 @@ def _delta_of_direction(terms: Terms, epsilon: float, swapped: bool, rel: float)
     return best
 
 
-def _beaten(terms: Terms, delta: float, epsilon: float) -> bool:
-    """Whether Chernoff's inequality alone shows that adding an example costs less than ``epsilon``.
-
-    δ(ε) ≤ G(s)·e^{(1−s)ε}·(s − 1)^{s−1}/s^s for every s > 1, G by an upper law of many small cells.
-    """
+def _beaten(terms: Terms, delta: float, epsilon: float, saddle: float) -> bool:
+    """Whether Chernoff's inequality alone shows that adding an example costs less than ``epsilon``."""
     if terms.mixtures is None or terms.fixed:
         return False
-    top = float((terms.mixtures.mu * terms.mixtures.log_weights.shape[1]).max())
-    edges = np.arange(-9.0, min(9.0 + top, 30.0), 0.25)
-    atoms = discretize(terms.mixtures, np.broadcast_to(edges, (len(terms.counts), len(edges))), first=False)
-    atoms = atoms[0].swapped()
-
-    def log_bound(x: float) -> float:
-        s = 1.0 + math.exp(x)
-        weights = atoms.log_mass + s * atoms.loss
-        peak = weights.max(axis=1, keepdims=True)
-        log_g = (peak + np.log(np.exp(weights - peak).sum(axis=1, keepdims=True)))[:, 0]
-        height = float(terms.counts @ log_g) + 0.5 * terms.gauss * s * (s - 1.0)
-        return height - (s - 1.0) * epsilon + (s - 1.0) * math.log(s - 1.0) - s * math.log(s)
-
-    least = minimize_scalar(log_bound, bounds=(-3.0, 12.0), method="bounded", options={"xatol": 0.05}).fun
-    beyond = float(terms.counts @ atoms.infinite) + terms.overflow * (1.0 + math.exp(min(epsilon, 700.0)))
-    return math.exp(min(least, 0.0)) * (1.0 + 1e-6) + beyond <= delta
+    chernoff = Chernoff.near(terms.mixtures, saddle, 1e-3 * delta / float(terms.counts.sum()))
+    chernoff.add(chernoff.moments(terms.mixtures), terms.counts)
+    return chernoff.delta(epsilon, terms.gauss, terms.overflow) <= delta

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from adaclip.accounting import pld
 from adaclip.accounting.accountant import Accountant
 from adaclip.accounting.rdp_accountant import RDPAccountant
 from adaclip.accounting.releases import Event
+from adaclip.accounting.running import Running
 from adaclip.accounting.terms import has_group_law
 
 
@@ -30,19 +32,32 @@ class PLDAccountant(Accountant):
     def __init__(self, adjacency: str = "add_remove") -> None:
         super().__init__(adjacency)
         self._known: dict[tuple, tuple[float, float]] = {}
+        self._running: dict[float, Running] = {}
 
     def _epsilon_bounds(self, events: Sequence[Event], delta: float, group_size: int) -> tuple[float, float]:
         if group_size > 1 and not has_group_law(events, self.adjacency):
             return self._generic_group_bounds(events, delta, group_size)
+        if group_size == 1 and self.adjacency != "replace_one":
+            running = self._running_at(delta).bounds(events)
+            if running is not None:
+                return running
         key = ("epsilon", tuple(events), delta, group_size, self.adjacency)
         return self._remember(key, lambda: self._certified(events, delta, group_size))
 
     def _certified(self, events: Sequence[Event], delta: float, group_size: int) -> tuple[float, float]:
         lower, upper = pld.epsilon_bounds(events, delta, self.adjacency, group_size)
-        if upper - lower > 0.01 * upper:
+        if math.isinf(upper) or upper - lower > 0.01 * upper:
             # Far from what is aimed at: both are certified, so the smaller one is.
             upper = min(upper, self._rdp(events).get_epsilon(delta, group_size))
         return lower, max(lower, upper)
+
+    def _running_at(self, delta: float) -> Running:
+        """What is kept of the composition for the last few δ that were asked for."""
+        if delta not in self._running:
+            while len(self._running) >= 4:
+                self._running.pop(next(iter(self._running)))
+            self._running[delta] = Running(delta)
+        return self._running[delta]
 
     def _delta_bounds(self, events: Sequence[Event], epsilon: float) -> tuple[float, float]:
         key = ("delta", tuple(events), epsilon, self.adjacency)

@@ -20,6 +20,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+from scipy.special import ndtri
 
 from adaclip.accounting.mixtures import Mixtures, loss_rounding
 
@@ -27,6 +28,16 @@ _PANEL = 2.5  # widest panel, in units of the noise
 _ELLIPSES = np.array([1.3, 1.7, 2.2, 3.0, 4.0, 6.0, 9.0])
 _MOST = 96  # nodes of a panel
 _LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
+
+
+def cuts(low: float, high: float) -> tuple[float, float]:
+    """(bottom, far) of ``ends`` that leave these probabilities out, below and above."""
+    return float(ndtri(min(low, 0.1))), -float(ndtri(min(high, 0.1)))
+
+
+def ends(law: Mixtures, bottom: float, far: float) -> tuple[np.ndarray, np.ndarray]:
+    """[E] ends of the noise that is kept: from ``bottom`` < 0 to ``far`` beyond the group's shift, and to −bottom."""
+    return np.full(len(law.q), bottom), np.maximum(law.top + far, -bottom)
 
 
 class Rule(NamedTuple):
@@ -145,10 +156,13 @@ def choose(
     return None
 
 
-def coarse(low: np.ndarray, high: np.ndarray) -> Rule:
-    """A rule for a first look, at ω = 0."""
+def coarse(law: Mixtures, low: np.ndarray, high: np.ndarray) -> Rule:
+    """A rule that does well for ω = 0 and moderate exponents."""
     panels = _panels(low, high)
-    return Rule.of(np.full(panels, 16), np.full(panels, 3.0))
+    # The ellipse whose θ is just below π/2.
+    height = 1.5 / float((0.5 * (high - low) / panels * law.top).max())
+    ellipse = min(height + math.sqrt(height * height + 1.0), 3.5)
+    return Rule.of(np.full(panels, 16), np.full(panels, ellipse))
 
 
 def _panels(low: np.ndarray, high: np.ndarray) -> int:

@@ -87,6 +87,11 @@ class Search:
             self._law, self._counts, fixed, self._terms.gauss, self._swapped, self._delta, part, threshold
         )
 
+    @property
+    def draft(self) -> Draft:
+        """The coarse picture of the whole."""
+        return self._drafts[0]
+
     def delta_at(self, epsilon: float) -> float:
         """The saddle point's approximation of δ(ε)."""
         return self._drafts[0].delta_at(epsilon)
@@ -111,7 +116,7 @@ class Search:
         """The composition by exact moment functions, if these fall fast enough, for ``accuracy`` in ε."""
         if self._law is None or self._terms.fixed:
             return None
-        course = find_course(self._drafts[0], self._swapped, epsilon, math.log(self._delta), accuracy)
+        course = find_course(self.draft, self._swapped, epsilon, math.log(self._delta), accuracy)
         if course is None:
             return None
         law, counts = self._terms.mixtures, self._terms.counts

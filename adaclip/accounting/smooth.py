@@ -15,6 +15,7 @@ The trapezoidal rule with spacing 2π/W adds Σ_{m≠0} e^{λmW} δ(ε + mW), al
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from adaclip.accounting import quadrature
 from adaclip.accounting.decay import Decay
 from adaclip.accounting.mixtures import EPS, Mixtures
 from adaclip.accounting.quadrature import Rule
+from adaclip.accounting.solve import solve
 from adaclip.accounting.transform import Contour, characteristic, power_rounding
 
 _TABLE = 1e5  # numbers in a chunk's tables
@@ -34,7 +36,7 @@ class Course(NamedTuple):
 
     Attributes:
         contour, rule: where to evaluate.
-        bottom, far: ends of the noise that is kept, see ``ends``.
+        bottom, far: ends of the noise that is kept, see ``quadrature.ends``.
         swapped: the direction that adds an example.
     """
 
@@ -47,11 +49,6 @@ class Course(NamedTuple):
     def exponent(self, s: float) -> float:
         """E_Q[u^a] is the moment function at s: a = s, or 1 − s for the direction that adds an example."""
         return 1.0 - s if self.swapped else s
-
-
-def ends(law: Mixtures, bottom: float, far: float) -> tuple[np.ndarray, np.ndarray]:
-    """[E] ends of the noise that is kept: from ``bottom`` < 0 to ``far`` beyond the group's shift, and to −bottom."""
-    return np.full(len(law.q), bottom), np.maximum(law.top + far, -bottom)
 
 
 class Factors(NamedTuple):
@@ -81,7 +78,7 @@ class Factors(NamedTuple):
 def factors(law: Mixtures, course: Course) -> Factors:
     """The moment functions of all events along a course."""
     contour, rule, bottom, far, swapped = course
-    low, high = ends(law, bottom, far)
+    low, high = quadrature.ends(law, bottom, far)
     a, omega = course.exponent(contour.s), contour.frequencies()
     nodes = quadrature.place(law, low, high, rule)
     weights, log_total = nodes.tilted(a)
@@ -139,9 +136,9 @@ class Smooth:
     def add(self, factors: Factors, counts: np.ndarray) -> None:
         """Compose ``counts`` [E] copies of each event."""
         counts = np.asarray(counts, dtype=np.float64)
-        self._log_values += counts @ factors.log_values
-        self._log_bounds += counts @ factors.log_bounds
-        self._errors += counts @ factors.errors
+        self._log_values = self._log_values + counts @ factors.log_values
+        self._log_bounds = self._log_bounds + counts @ factors.log_bounds
+        self._errors = self._errors + counts @ factors.errors
         self._log_total += float(counts @ factors.log_total)
         self._rounding += float(counts @ (factors.rounding + EPS * (4.0 + np.abs(factors.log_total))))
         self._log_alias += float(counts @ factors.log_alias)
@@ -157,6 +154,15 @@ class Smooth:
     def add_overflow(self, probability: float) -> None:
         """Let the releases differ from those composed with at most this probability, on either data set."""
         self._overflow += probability
+
+    def copy(self) -> Smooth:
+        """The composition so far, to be continued in another way."""
+        return copy.copy(self)
+
+    def epsilon_bounds(self, delta: float, start: float) -> tuple[float, float]:
+        """(lower, upper) on ε at δ, looked for from ``start`` on; (0, 0) or (0, inf) where there is none."""
+        upper = solve(_Side(self, upper=True), delta, start)
+        return solve(_Side(self, upper=False), delta, min(upper, 1e300)), upper
 
     def delta(self, epsilon: float, *, upper: bool) -> tuple[float, float]:
         """(bound on δ(ε) within [0, 1], derivative of the main term in ε)."""
@@ -207,12 +213,11 @@ class Smooth:
         return left + math.exp(min(log_right, 700.0))
 
 
-class Side:
-    """One of the two bounds, as ``pld.solve`` wants it."""
+class _Side:
+    """One of the two bounds, as ``solve`` wants it."""
 
     def __init__(self, smooth: Smooth, *, upper: bool) -> None:
         self._smooth, self.upper = smooth, upper
 
     def delta(self, epsilon: float) -> tuple[float, float]:
-        """(bound on δ(ε), derivative of its main term in ε)."""
         return self._smooth.delta(epsilon, upper=self.upper)

@@ -1,0 +1,113 @@
+"""ε after every step of a run whose noise or sampling rate changes: what has been composed is kept.
+
+The answer is a function of the ledger alone, however often and in whatever order it was asked for: the course is
+planned on the first 16, 32, 64, … entries, whichever is the last of these numbers that there are, and the entries are
+composed along it one by one, in their order. A restored accountant repeats exactly that, and reports the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from adaclip.accounting.chernoff import Chernoff, Moments
+from adaclip.accounting.course import find_course
+from adaclip.accounting.mixtures import Mixtures
+from adaclip.accounting.releases import Event, SubsampledGaussian
+from adaclip.accounting.search import Search
+from adaclip.accounting.smooth import Factors, Smooth, factors
+from adaclip.accounting.terms import collect
+
+_FIRST = 16  # entries; fewer are composed from nothing as fast
+_GROWTH = 2.0  # of the number of entries until the next plan
+_REL = 1e-3
+_ONE = np.ones(1)
+
+
+class Running:
+    """Bounds on ε at one δ, removing or adding an example, for a ledger that grows.
+
+    Args:
+        delta: in (0, 1).
+    """
+
+    def __init__(self, delta: float) -> None:
+        self._delta = delta
+        self._entries = 0  # that the course was planned on; 0: none
+        self._done: list[Event] = []  # composed
+        self._smooth: Smooth | None = None
+        self._chernoff: Chernoff | None = None
+        self._start = 0.0
+        self._last: tuple[SubsampledGaussian, Factors, Moments] | None = None
+
+    def bounds(self, events: Sequence[Event]) -> tuple[float, float] | None:
+        """(lower, upper) at most 1e-3 apart; None where the events or the numbers are not of the kind for it."""
+        entries = 1 << (len(events).bit_length() - 1) if events else 0
+        if entries < _FIRST:
+            return None
+        closed = events[:-1]
+        if self._entries != entries or closed[: len(self._done)] != self._done:
+            self._plan(events[:entries])
+            self._entries, self._done = entries, []
+        if self._smooth is None:
+            return None
+        for event in closed[len(self._done) :]:
+            if not self._add(event):
+                return None
+            self._done.append(event)
+        return self._solve(events[-1])
+
+    def _plan(self, events: Sequence[Event]) -> None:
+        self._smooth = self._chernoff = self._last = None
+        if not all(_is_mixture(release) for release, _ in events):
+            return
+        terms = collect(events, "add_remove", self._delta)
+        terms = terms._replace(counts=_GROWTH * terms.counts)
+        search = Search(terms, False, self._delta)
+        if search.epsilon <= 0.0:
+            return
+        course = find_course(
+            search.draft, False, search.epsilon, math.log(self._delta), _REL * search.epsilon, 1.0 / _GROWTH
+        )
+        if course is not None:
+            self._smooth = Smooth(course)
+            lost = 1e-3 * self._delta / float(terms.counts.sum())
+            guess = Chernoff.near(terms.mixtures, search.bend, lost)
+            guess.add(guess.moments(terms.mixtures), terms.counts)
+            self._chernoff = Chernoff(terms.mixtures, np.array([guess.best(search.epsilon)]), lost)
+            self._start = search.epsilon
+
+    def _add(self, event: Event) -> bool:
+        if not _is_mixture(event.release):
+            return False
+        self._compose(self._smooth, self._chernoff, event)
+        return True
+
+    def _solve(self, event: Event) -> tuple[float, float] | None:
+        """With one more entry, whose count may still grow."""
+        if not _is_mixture(event.release):
+            return None
+        smooth, chernoff = self._smooth.copy(), self._chernoff.copy()
+        self._compose(smooth, chernoff, event)
+        lower, upper = smooth.epsilon_bounds(self._delta, self._start)
+        close = lower > 0.0 and upper - lower <= _REL * upper
+        return (lower, upper) if close and chernoff.delta(lower) <= self._delta else None
+
+    def _compose(self, smooth: Smooth, chernoff: Chernoff, event: Event) -> None:
+        # One entry at a time, always: arrays of other shapes might round otherwise.
+        if self._last is None or self._last[0] != event.release:
+            law = Mixtures(event.release.q * _ONE, _ONE / event.release.sigma, np.zeros((1, 1)))
+            self._last = event.release, factors(law, smooth.course), chernoff.moments(law)
+        smooth.add(self._last[1], event.count * _ONE)
+        chernoff.add(self._last[2], event.count * _ONE)
+
+
+def _is_mixture(release: object) -> bool:
+    return (
+        isinstance(release, SubsampledGaussian)
+        and release.sampling == "poisson"
+        and 0.0 < release.q < 1.0
+        and 0.01 <= release.sigma < math.inf
+    )
