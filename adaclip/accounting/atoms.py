@@ -86,7 +86,7 @@ def discretize(
     top = law.top[:, None]
     reach = np.abs(np.concatenate([edges[:, :1], edges], 1)) + top
     tail = EPS * (8.0 + reach * reach)
-    local = EPS * (16.0 + 2.0 * np.abs(log_q) + 2.0 * np.abs(log_p))
+    local = EPS * (16.0 + 2.0 * np.abs(log_q) + 2.0 * np.abs(log_p)) + law.weight_rounding
     share = -np.expm1(np.minimum(loss_floor - mean_loss, 0.0))
     bent = 16.0 * tail * top * share
 
@@ -129,7 +129,13 @@ def discretize(
         log_mass,
         np.concatenate([loss_floor, edge_loss], 1),
         mass_error,
-        np.concatenate([4.0 * EPS * np.abs(loss_floor), loss_rounding(law, log_edge, edge_loss)], 1),
+        np.concatenate(
+            [
+                8.0 * EPS * np.abs(loss_floor),
+                loss_rounding(law, log_edge, edge_loss, law.log_w_rounding(edges)),
+            ],
+            1,
+        ),
         np.concatenate([bent[:, :1], np.maximum(bent[:, :-1], bent[:, 1:])], 1),
         np.exp(log_infinite) * (1.0 + 1e-6) + (1e-300 if last else 0.0),
         np.zeros(rows) if first else np.exp(log_q[:, 0]) * (1.0 + 1e-6) + 1e-300,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from adaclip.accounting import quadrature
-from adaclip.accounting.mixtures import Mixtures
+from adaclip.accounting.mixtures import EPS, Mixtures
 
 _TILTS = np.exp(np.linspace(-1.0, 3.0, 9))  # of s − 1, around a guess
 
@@ -42,6 +42,7 @@ class Chernoff:
     def __init__(self, law: Mixtures, s: np.ndarray, lost: float) -> None:
         self._s = s
         self._log_total = np.zeros(len(s))
+        self._size = np.zeros(len(s))  # of the summands, for rounding
         self._outside = 0.0
         self._bottom, self._far = quadrature.cuts(lost, lost)
         self._rule = quadrature.coarse(law, *quadrature.ends(law, self._bottom, self._far))
@@ -58,12 +59,14 @@ class Chernoff:
         log_total = np.empty((len(law.q), len(self._s)))
         for i, s in enumerate(self._s.tolist()):
             error = quadrature.error(law, low, high, self._rule, 1.0 - s, 0.0)
-            log_total[:, i] = np.logaddexp(nodes.tilted(1.0 - s)[1], error)
+            log_total[:, i] = nodes.log_upper(1.0 - s, error)
         return Moments(log_total, np.exp(law.log_outside(low, high)[1]) * (1.0 + 1e-6))
 
     def add(self, moments: Moments, counts: np.ndarray) -> None:
         """Compose ``counts`` [E] copies of each event."""
-        self._log_total = self._log_total + counts @ moments.log_total
+        log_total = counts @ moments.log_total
+        self._log_total = self._log_total + log_total
+        self._size = self._size + counts @ np.abs(moments.log_total) + np.abs(log_total)
         self._outside += float(counts @ moments.outside)
 
     def copy(self) -> Chernoff:
@@ -81,6 +84,7 @@ class Chernoff:
         return math.exp(min(height, 0.0)) * (1.0 + 1e-6) + beyond
 
     def _heights(self, epsilon: float, gauss: float) -> np.ndarray:
-        s = self._s
-        height = self._log_total + 0.5 * gauss * s * (s - 1.0) - (s - 1.0) * epsilon
-        return height + (s - 1.0) * np.log(s - 1.0) - s * np.log(s)
+        s, over = self._s, self._s - 1.0
+        up, down = 0.5 * gauss * s * over, over * epsilon
+        rounding = EPS * (8.0 * (self._size + up + down) + 16.0 * s * (1.0 + np.log(s)))
+        return self._log_total + up - down + over * np.log(over) - s * np.log(s) + rounding

@@ -48,15 +48,19 @@ def find_course(
     best: tuple[Contour, np.ndarray, float] | None = None
     for tilt in _TILTS:
         s = 1.0 + (saddle - 1.0) * tilt
-        height, narrow = draft.height(s, epsilon) - log_delta, 1.0 / draft.spread(s)
-        if height + math.log(min(narrow, s)) > _STRAIN:
+        height, spread = draft.height(s, epsilon) - log_delta, draft.spread(s)
+        if spread == 0.0 or height + math.log(min(1.0 / spread, s)) > _STRAIN:
             break
         window, alias = draft.window(s, epsilon, log_delta + log_share)
         a = 1.0 - s if swapped else s
         log_total = nodes.tilted(a)[1]
         decay = Decay.of(law, low, high, a, log_total)
         last = _last(
-            least * counts, least * draft.gauss, decay, narrow, log_share - height - math.log(s * (s - 1.0))
+            least * counts,
+            least * draft.gauss,
+            decay,
+            1.0 / spread,
+            log_share - height - math.log(s * (s - 1.0)),
         )
         if last * window > 2.0 * math.pi * _COUNT:
             continue

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from adaclip.accounting.mixtures import EPS, Mixtures
+from adaclip.accounting.mixtures import EPS, Mixtures, loss_rounding
 
 _CELLS = 100
 _LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
@@ -38,15 +38,28 @@ class Decay(NamedTuple):
     def of(cls, law: Mixtures, low: np.ndarray, high: np.ndarray, a: float, log_total: np.ndarray) -> Decay:
         """For noise between ``low`` and ``high`` [E], tilted by u^a, of mass e^``log_total`` [E]."""
         y = low[:, None] + (high - low)[:, None] * np.linspace(0.0, 1.0, _CELLS + 1)
-        log_w = law.log_w(y)
+        y = np.minimum(y, high[:, None])
+        log_w, error = law.log_w(y), law.log_w_rounding(y)
         loss = law.loss(log_w)
-        slope = law.top[:, None] * -np.expm1(law.floor[:, None] - loss[:, 1:])
-        ends = -0.5 * np.maximum(np.abs(y[:, 1:]), np.abs(y[:, :-1])) ** 2
-        height = ends + a * (loss[:, :-1] if a >= 0.0 else loss[:, 1:]) - log_total[:, None] - _LOG_SQRT_2PI
-        # Lengths are differences of losses; their rounding, generously, is taken from the heights.
-        rounding = 64.0 * EPS * (1.0 + np.abs(log_w[:, 1:])) / (law.mu * (high - low) / _CELLS)[:, None]
-        height = np.exp(np.minimum(height, 600.0)) / slope * np.maximum(1.0 - 1e-9 - rounding, 0.0)
-        length = np.diff(loss, axis=1)
+        moved = loss_rounding(law, log_w, loss, error)
+        log_q = np.log(law.q)[:, None]
+        # The share q·w/u by its logarithm: 1 − (1 − q)/u would be rounding where w is small.
+        log_share = np.minimum(log_q + log_w[:, 1:] - loss[:, 1:], 0.0)
+        squares = np.maximum(np.abs(y[:, 1:]), np.abs(y[:, :-1])) ** 2
+        tilt = slice(None, -1) if a >= 0.0 else slice(1, None)
+        height = -0.5 * squares + a * loss[:, tilt] - log_total[:, None] - _LOG_SQRT_2PI
+        height -= np.log(law.top)[:, None] + log_share
+        # Rounding lowers the heights and the lengths, which are differences of losses.
+        size = (
+            squares
+            + np.abs(a * loss[:, tilt])
+            + np.abs(log_total)[:, None]
+            + np.abs(log_q)
+            + np.abs(log_share)
+        )
+        height -= abs(a) * moved[:, tilt] + error[:, 1:] + moved[:, 1:] + 8.0 * EPS * (8.0 + size)
+        height = np.exp(np.minimum(height, 600.0))
+        length = np.maximum(np.diff(loss, axis=1) - moved[:, 1:] - moved[:, :-1], 0.0)
         peak = height.argmax(axis=1)[:, None]
         cell = np.arange(_CELLS)
         rising = np.where(cell <= peak, height, np.inf)[:, ::-1]

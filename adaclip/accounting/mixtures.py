@@ -8,6 +8,7 @@ cancels however small it is.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -53,12 +54,34 @@ class Mixtures(NamedTuple):
         """log of the mass that Σ_j c_j N(jμ, 1) gives the cells, [E, m + 1]."""
         return self._mix(lambda shift: log_cell_masses(edges - shift))
 
+    def log_w_rounding(self, y: np.ndarray, slip: np.ndarray | float = 0.0) -> np.ndarray:
+        """[E, n] bound on the error of ``log_w`` by rounding, for y known to ``slip``."""
+        top = self.top[:, None]
+        size = top * (np.abs(y) + top)
+        error = 3.0 * EPS * size + top * slip
+        if self.log_weights.shape[1] > 1:
+            most = -self.log_weights.min(axis=1, keepdims=True)
+            error += EPS * (self.log_weights.shape[1] + 1.0) * (4.0 + size + most) + self.weight_rounding
+        return error
+
+    @property
+    def weight_rounding(self) -> np.ndarray:
+        """[E, 1] bound on the relative rounding error of q·c_j: none for one example, whose q is as given."""
+        k = self.log_weights.shape[1]
+        if k == 1:
+            return np.zeros((len(self.q), 1))
+        # Sums of k·log q, of k·log(1 − q), which is less or within k of it, and of logarithms of factorials.
+        size = np.abs(self.log_weights[:, -1]) + np.abs(np.log(self.q)) + k * (2.0 + math.log(k))
+        return (16.0 * EPS * (4.0 + size))[:, None]
+
     def loss(self, log_w: np.ndarray) -> np.ndarray:
         """log(1 − q + q·w), [E, n]."""
         q = self.q[:, None]
-        with np.errstate(over="ignore", divide="ignore"):
-            small = np.log1p(q * np.expm1(np.minimum(log_w, 1.0)))
-            return np.where(log_w < 1.0, small, np.logaddexp(np.log1p(-q), np.log(q) + log_w))
+        log_q = np.log(q)
+        # Nothing cancels in 1 + q(w − 1) unless it is nearly 1 − q, and that is tiny; q·w might overflow.
+        switch = np.where(q <= 0.5, np.clip(-log_q, 1.0, 700.0), -np.inf)
+        small = np.log1p(q * np.expm1(np.minimum(log_w, np.maximum(switch, 0.0))))
+        return np.where(log_w < switch, small, np.logaddexp(np.log1p(-q), log_q + log_w))
 
     def log_outside(self, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """[E] log of the P-mass and of the Q-mass below ``low`` and above ``high`` [E]."""
@@ -80,8 +103,8 @@ class Mixtures(NamedTuple):
 
 
 def loss_rounding(
-    law: Mixtures, log_w: np.ndarray, loss: np.ndarray, error: np.ndarray | float = 0.0
+    law: Mixtures, log_w: np.ndarray, loss: np.ndarray, error: np.ndarray | float
 ) -> np.ndarray:
     """Rounding of log(1 − q + q·w) for an error in log w: only the share q·w/u of it arrives; [E, n]."""
     share = -np.expm1(np.minimum(law.floor[:, None] - loss, 0.0))
-    return share * (error + 8.0 * EPS * (1.0 + np.abs(log_w))) + 4.0 * EPS * np.abs(loss)
+    return share * (error + 8.0 * EPS * (1.0 + np.abs(log_w))) + 8.0 * EPS * np.abs(loss)

@@ -22,17 +22,18 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import ndtri
 
-from adaclip.accounting.mixtures import Mixtures, loss_rounding
+from adaclip.accounting.mixtures import EPS, Mixtures, loss_rounding
 
 _PANEL = 2.5  # widest panel, in units of the noise
 _ELLIPSES = np.array([1.3, 1.7, 2.2, 3.0, 4.0, 6.0, 9.0])
 _MOST = 96  # nodes of a panel
+_WEIGHTS = 128.0  # rounding of a weight, in units of eps
 _LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
 
 
 def cuts(low: float, high: float) -> tuple[float, float]:
-    """(bottom, far) of ``ends`` that leave these probabilities out, below and above."""
-    return float(ndtri(min(low, 0.1))), -float(ndtri(min(high, 0.1)))
+    """(bottom, far) of ``ends`` that leave out about these probabilities, below and above."""
+    return float(ndtri(min(max(low, 1e-310), 0.1))), -float(ndtri(min(max(high, 1e-310), 0.1)))
 
 
 def ends(law: Mixtures, bottom: float, far: float) -> tuple[np.ndarray, np.ndarray]:
@@ -71,11 +72,13 @@ class Nodes(NamedTuple):
         log_mass: [E, n] logarithm of weight times Q-density.
         loss: [E, n] log u.
         moved: [E, n] bound on the rounding error of each loss.
+        error: [E, n] bound on the relative error of each mass by rounding of its node and its weight.
     """
 
     log_mass: np.ndarray
     loss: np.ndarray
     moved: np.ndarray
+    error: np.ndarray
 
     def tilted(self, a: float) -> tuple[np.ndarray, np.ndarray]:
         """(weights [E, n] of mass·u^a, summing to 1; log of their sum [E])."""
@@ -87,6 +90,18 @@ class Nodes(NamedTuple):
         weights /= total
         return weights, (top + np.log(total))[:, 0]
 
+    def rounding(self, weights: np.ndarray, a: float) -> np.ndarray:
+        """[E] bound on the relative rounding error of what ``tilted`` gives, but for that of log of the sum."""
+        size = np.abs(self.log_mass) + abs(a) * np.abs(self.loss)
+        terms = self.error + abs(a) * self.moved + 4.0 * EPS * size
+        return EPS * (8.0 + weights.shape[1]) + (weights * terms).sum(axis=1)
+
+    def log_upper(self, a: float, log_error: np.ndarray) -> np.ndarray:
+        """[E] log of an upper bound on E_Q[u^a] over the noise between the ends, for this error of the rule."""
+        weights, log_total = self.tilted(a)
+        rounding = self.rounding(weights, a) + 4.0 * EPS * (1.0 + np.abs(log_total))
+        return np.logaddexp(log_total + rounding, log_error + rounding)
+
 
 def place(law: Mixtures, low: np.ndarray, high: np.ndarray, rule: Rule) -> Nodes:
     """Nodes for the noise between ``low`` and ``high`` [E]."""
@@ -95,7 +110,10 @@ def place(law: Mixtures, low: np.ndarray, high: np.ndarray, rule: Rule) -> Nodes
     log_w = law.log_w(y)
     loss = law.loss(log_w)
     log_mass = rule.log_weights + np.log(width) - 0.5 * y * y - _LOG_SQRT_2PI
-    return Nodes(log_mass, loss, loss_rounding(law, log_w, loss))
+    slip = 4.0 * EPS * (np.abs(low)[:, None] + width)
+    moved = loss_rounding(law, log_w, loss, law.log_w_rounding(y, slip))
+    error = np.abs(y) * slip + EPS * (_WEIGHTS + y * y + 4.0 * np.abs(np.log(width)))
+    return Nodes(log_mass, loss, moved, error)
 
 
 def log_errors(
@@ -181,6 +199,22 @@ def error(law: Mixtures, low: np.ndarray, high: np.ndarray, rule: Rule, a: float
 
 @functools.lru_cache(maxsize=_MOST)
 def _gauss(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights on (0, 1)."""
-    x, weights = np.polynomial.legendre.leggauss(size)
-    return 0.5 * (x + 1.0), 0.5 * weights
+    """Nodes and weights on (0, 1), weights to ``_WEIGHTS`` eps.
+
+    By Newton's method for t, the distance from the end 1, of the upper half; from differences D_k = P_{k+1} − P_k,
+    (k + 1)D_k = k·D_{k−1} − (2k + 1)·t·P_k. A weight 2/((1 − x²)P'²) is as good as t is relative to itself; from x,
+    which knows t to eps only, it would be off by thousands of eps at the ends.
+    """
+    count = size // 2
+    t = 1.0 - np.polynomial.legendre.leggauss(size)[0][size - count :]
+    for _ in range(3):
+        p, d = np.ones_like(t), -t
+        for k in range(1, size):
+            p = p + d
+            d = (k * d - (2.0 * k + 1.0) * t * p) / (k + 1.0)
+        slope = size * (t * (p + d) - d) / (t * (2.0 - t))
+        t = t + (p + d) / slope
+    weights = 1.0 / (t * (2.0 - t) * slope * slope)
+    middle = [1.0 - 2.0 * weights.sum()] if size % 2 else []
+    nodes = np.concatenate([0.5 * t[::-1], [0.5] * (size % 2), 1.0 - 0.5 * t])
+    return nodes, np.concatenate([weights[::-1], middle, weights])

@@ -1,8 +1,9 @@
 """ε after every step of a run whose noise or sampling rate changes: what has been composed is kept.
 
-The answer is a function of the ledger alone, however often and in whatever order it was asked for: the course is
-planned on the first 16, 32, 64, … entries, whichever is the last of these numbers that there are, and the entries are
-composed along it one by one, in their order. A restored accountant repeats exactly that, and reports the same bits.
+The answer is a function of the ledger alone, however often and in whatever order it was asked for: of all entries but
+the last, whose count may still grow, the first 16, 32, 64, … decide the course, whichever is the last of these numbers
+that there are, and the entries are composed along it one by one, in their order. A restored accountant repeats exactly
+that, and reports the same bits.
 """
 
 from __future__ import annotations
@@ -35,27 +36,34 @@ class Running:
 
     def __init__(self, delta: float) -> None:
         self._delta = delta
-        self._entries = 0  # that the course was planned on; 0: none
+        self._planned: list[Event] = []  # what the course was planned on
         self._done: list[Event] = []  # composed
         self._smooth: Smooth | None = None
         self._chernoff: Chernoff | None = None
+        self._earlier: tuple[Smooth, Chernoff] | None = None  # before the last entry of these
         self._start = 0.0
         self._last: tuple[SubsampledGaussian, Factors, Moments] | None = None
 
     def bounds(self, events: Sequence[Event]) -> tuple[float, float] | None:
         """(lower, upper) at most 1e-3 apart; None where the events or the numbers are not of the kind for it."""
-        entries = 1 << (len(events).bit_length() - 1) if events else 0
-        if entries < _FIRST:
+        closed = list(events[:-1])  # the last one's count may still grow
+        if len(closed) < _FIRST:
             return None
-        closed = events[:-1]
-        if self._entries != entries or closed[: len(self._done)] != self._done:
-            self._plan(events[:entries])
-            self._entries, self._done = entries, []
+        planned = closed[: 1 << (len(closed).bit_length() - 1)]
+        if self._earlier is not None and self._done[:-1] == closed:
+            # One entry was asked about, and not booked.
+            self._smooth, self._chernoff = self._earlier
+            self._earlier, self._done = None, closed
+        if self._planned != planned or self._done != closed[: len(self._done)]:
+            self._plan(planned)
+            self._planned, self._done, self._earlier = planned, [], None
         if self._smooth is None:
             return None
         for event in closed[len(self._done) :]:
-            if not self._add(event):
+            if not _is_mixture(event.release):
                 return None
+            self._earlier = self._smooth.copy(), self._chernoff.copy()
+            self._compose(self._smooth, self._chernoff, event)
             self._done.append(event)
         return self._solve(events[-1])
 
@@ -78,12 +86,6 @@ class Running:
             guess.add(guess.moments(terms.mixtures), terms.counts)
             self._chernoff = Chernoff(terms.mixtures, np.array([guess.best(search.epsilon)]), lost)
             self._start = search.epsilon
-
-    def _add(self, event: Event) -> bool:
-        if not _is_mixture(event.release):
-            return False
-        self._compose(self._smooth, self._chernoff, event)
-        return True
 
     def _solve(self, event: Event) -> tuple[float, float] | None:
         """With one more entry, whose count may still grow."""

@@ -83,9 +83,8 @@ def factors(law: Mixtures, course: Course) -> Factors:
     nodes = quadrature.place(law, low, high, rule)
     weights, log_total = nodes.tilted(a)
     integral = np.exp(np.minimum(quadrature.error(law, low, high, rule, a, omega[-1]) - log_total, 600.0))
-    size = np.abs(nodes.log_mass) + abs(a) * np.abs(nodes.loss)
     moved = (weights * nodes.moved).sum(axis=1)
-    rounding = EPS * (8.0 + weights.shape[1] + 4.0 * (weights * size).sum(axis=1)) + abs(a) * moved
+    rounding = nodes.rounding(weights, a)
     error = (integral + rounding)[:, None] + moved[:, None] * omega
     spread = (weights * np.abs(nodes.loss)).sum(axis=1, keepdims=True)
     error += EPS * (2.0 * weights.shape[1] + 64.0 + power_rounding(contour.count) + 4.0 * spread * omega)
@@ -99,8 +98,7 @@ def factors(law: Mixtures, course: Course) -> Factors:
     bounds = modulus + error
     log_values = np.log(np.maximum(modulus, 1e-300)) + 1j * np.arctan2(values.imag, values.real)
     b = course.exponent(contour.alias)
-    log_alias = nodes.tilted(b)[1]
-    log_alias = np.logaddexp(log_alias, quadrature.error(law, low, high, rule, b, 0.0)) + 1e-9
+    log_alias = nodes.log_upper(b, quadrature.error(law, low, high, rule, b, 0.0))
     deficit = Decay.of(law, low, high, a, log_total).deficit(omega[-1])
     log_p, log_q = law.log_outside(low, high)
     return Factors(
@@ -177,7 +175,8 @@ class Smooth:
         total = float(turn.real.sum())
         slope = -scale * float((turn * (lam + 1j * omega)).real.sum())
         error = error + EPS * float((np.abs(terms) * (4.0 + len(terms) + abs(epsilon) * omega)).sum())
-        slack = self._rounding + EPS * (16.0 + abs(log_scale))
+        size = abs(self._log_total) + self._gauss * contour.s * lam + lam * epsilon
+        slack = self._rounding + EPS * (16.0 + 2.0 * size)
         overflow = self._overflow * (1.0 + math.exp(min(epsilon, 700.0)))
         if upper:
             value = scale * (total + error) * math.exp(min(slack, 700.0)) + self._outside + overflow
@@ -196,8 +195,10 @@ class Smooth:
         kernel = (omega[1] / math.pi) / (s * (s - 1.0))
         kernel[0] *= 0.5
         bound = np.exp(np.minimum(self._log_bounds + fade, 600.0)) * np.abs(kernel)
-        errors = np.minimum(self._errors + EPS * (8.0 + np.abs(self._log_values.imag)), 2.0)
-        turn = fade + 0.5j * self._gauss * (2.0 * contour.s - 1.0) * omega
+        angle = 0.5 * self._gauss * (2.0 * contour.s - 1.0) * omega
+        size = np.abs(self._log_values.imag) + 4.0 * np.abs(angle) + 4.0 * np.abs(fade)
+        errors = np.minimum(self._errors + EPS * (8.0 + size), 2.0)
+        turn = fade + 1j * angle
         terms = np.exp(np.minimum(self._log_values.real, 600.0) + 1j * self._log_values.imag + turn) * kernel
         last = float(omega[-1])
         beyond = math.exp(min(self._log_beyond, 600.0) + float(fade[-1])) / (math.pi * last)

@@ -184,7 +184,9 @@ class Composed:
             turn = np.exp(-1j * epsilon * weight) * terms
             total = float(turn.real.sum())
             slope = -float((turn * (c.s - 1.0 + 1j * weight)).real.sum())
-        slack = self._slack + EPS * (16.0 + abs(log_scale) + len(terms))
+        over = c.s - 1.0
+        size = abs(self._log_moment) + (c.tau * c.tau + self._gauss) * c.s * over + over * epsilon
+        slack = self._slack + EPS * (16.0 + 2.0 * size + len(terms))
         with np.errstate(over="ignore", invalid="ignore"):
             margin = error + cut + EPS * float((np.abs(terms) * (4.0 + abs(epsilon) * weight)).sum())
         overflow = self._overflow * (1.0 + math.exp(min(epsilon, 700.0)))
@@ -232,12 +234,14 @@ class Composed:
         weights = np.full(c.count, step / math.pi)
         weights[0] *= 0.5
         bound = np.exp(np.minimum(log_size + fade, 600.0)) * np.abs(kernel) * weights
-        error = float((bound * np.minimum(self._rounding(), 2.0))[alive].sum())
+        angle = 0.5 * damping * (2.0 * c.s - 1.0) * omega
+        rounding = self._rounding() + 4.0 * EPS * (angle - fade)
+        error = float((bound * np.minimum(rounding, 2.0))[alive].sum())
         error += 2.0 * float(bound[~alive].sum())
         # All frequencies beyond the last: |G(s)| ≤ G(Re s), a decreasing integrand against its integral.
         last = float(omega[-1])
         cut = reach * math.exp(-0.5 * damping * last * last) / (math.pi * damping * last) * (last**-2 + bump)
-        turn = np.exp(fade + 0.5j * damping * (2.0 * c.s - 1.0) * omega)
+        turn = np.exp(fade + 1j * angle)
         terms = (self._product() * turn * kernel * weights)[alive]
         return terms, omega[alive], error, cut
 
