@@ -15,7 +15,7 @@ from adaclip.accounting.smooth import Smooth, factors
 from adaclip.accounting.terms import Terms
 from adaclip.accounting.transform import Composed
 
-_REPRESENTATIVES = 12
+_REPRESENTATIVES = 16
 
 
 class Sum:
@@ -68,11 +68,9 @@ class Search:
         self._group = np.arange(len(counts))
         self.representatives: tuple[Mixtures, np.ndarray] | None = None
         if mixtures is not None and len(counts) > _REPRESENTATIVES:
-            # Similar events share their cells: sorted by what decides them, cut into equal parts.
-            order = np.lexsort((mixtures.mu, mixtures.q))
-            self._group[order] = np.arange(len(counts)) * _REPRESENTATIVES // len(counts)
-            members = [order[(self._group[order] == g).nonzero()[0]] for g in range(_REPRESENTATIVES)]
-            mixtures = mixtures.take(np.array([part[len(part) // 2] for part in members]))
+            self._group = _similar(mixtures)
+            middle = [_middle(mixtures.mu, self._group == g) for g in range(self._group.max() + 1)]
+            mixtures = mixtures.take(np.array(middle))
             counts = np.bincount(self._group, weights=counts)
             self.representatives = mixtures, counts
         self._law, self._counts = mixtures, counts
@@ -166,3 +164,20 @@ class Search:
 
     def _turned(self, atoms: Atoms) -> Atoms:
         return atoms.swapped() if self._swapped else atoms
+
+
+def _similar(law: Mixtures) -> np.ndarray:
+    """[E] numbers of groups of events with about the same rate and shift; an outlier is a group of its own."""
+    place = np.log(np.stack([law.q, law.mu], axis=1))
+    width = 0.05
+    while True:
+        _, group = np.unique(np.round(place / width), axis=0, return_inverse=True)
+        if group.max() < _REPRESENTATIVES:
+            return group.reshape(-1)
+        width *= 1.5
+
+
+def _middle(mu: np.ndarray, members: np.ndarray) -> int:
+    """The member with the median shift."""
+    rows = members.nonzero()[0]
+    return int(rows[np.argsort(mu[rows], kind="stable")[len(rows) // 2]])
