@@ -298,7 +298,7 @@ def test_medical_mnist_is_not_tested_on_training_images(tmp_path, size):
     assert data.holdout(0.3).duplicates_removed == 0
     for name in names:
         (tmp_path / name).write_bytes(image_bytes(picture))
-    with pytest.raises(DataError, match="every test image of .* equals a training image"):
+    with pytest.raises(DataError, match=r"every test image of .* equals a training image"):
         load("medical_mnist", tmp_path, image_size=size)
 
 
