@@ -195,7 +195,8 @@ def rounding_bound(sqnorms: Tensor, magnitudes: Tensor, terms: int, dtype: torch
     error proportional to the unit round-off u and to sqrt(magnitudes), the norm the gradient would
     have if no two positions canceled. 2u sqrt(M) covers the random-walk error of a blocked sum. Where
     cancellation is severe (sqrt(M) > 256 norms: no ordinary gradient, but an adversary's), the worst
-    case of `terms` roundings in a row is added; it only clips such a sample harder.
+    case of `terms` roundings in a row is added; it only clips such a sample harder. `terms` must be public:
+    with the batch's size in it, one sample could tell by another's norm.
     """
     unit = torch.finfo(dtype).eps / 2
     norms, scales = sqnorms.clamp_min(0).sqrt(), magnitudes.sqrt()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -92,7 +94,7 @@ class ConvLayer(Layer):
         norms = ops.conv_sample_norms(x, g, **geometry, bias=bias in wanted, backend=self.backend)
         sqnorms, kept, rows = norms.sqnorms, norms.kept, norms.bias
         if kept is None:
-            terms = g.shape[0] * g[0, 0].numel() if g.numel() else 0
+            terms = reference.roundings(math.prod(g.shape[2:]))
             sqnorms = rounding_bound(sqnorms, norms.magnitudes, terms, reference.wide_dtype(g.dtype))
         if rows is not None:
             sqnorms = sqnorms + ops.row_sqnorms(rows, backend=self.backend)
@@ -190,7 +192,7 @@ class StandardizedConvLayer(ConvLayer):
         # The products are rounded in float32: take a little less away than was found.
         removed *= 1 - 1e-6
         exact = (norms.sqnorms - removed).clamp_min(0)
-        terms = g.shape[0] * g[0, 0].numel() if g.numel() else 0
+        terms = reference.roundings(math.prod(g.shape[2:]))
         sqnorms = rounding_bound(exact, norms.magnitudes, terms, g.dtype)
         # A non-finite gradient must stay visible: clamping would have hidden it.
         sqnorms = torch.where(norms.sqnorms.isfinite(), sqnorms, norms.sqnorms)

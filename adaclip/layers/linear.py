@@ -53,7 +53,7 @@ class LinearLayer(Layer):
         norms = ops.linear_sample_norms(a, g, bias=bias in wanted, backend=self.backend)
         sqnorms, kept, rows = norms.sqnorms, norms.kept, norms.bias
         if kept is None and a.shape[1] > 1:
-            terms = a.shape[0] * a.shape[1]
+            terms = reference.roundings(a.shape[1])
             sqnorms = rounding_bound(sqnorms, norms.magnitudes, terms, reference.wide_dtype(g.dtype))
         if rows is not None:
             sqnorms = sqnorms + ops.row_sqnorms(rows, backend=self.backend)
@@ -119,7 +119,8 @@ class EmbeddingLayer(Layer):
             sqnorms[b] = sums.index_add_(0, where, wide).square().sum()
             sizes = wide.new_zeros(sums.shape[0]).index_add_(0, where, wide.norm(dim=1))
             magnitudes[b] = sizes.square().sum()
-        sqnorms = rounding_bound(sqnorms, magnitudes, indices.numel(), reference.wide_dtype(g.dtype))
+        # One rounding of each product: their sum is in float64.
+        sqnorms = rounding_bound(sqnorms, magnitudes, 1, reference.wide_dtype(g.dtype))
 
         def weigh(factors: Tensor) -> Gradients:
             total = reference.embedding_weighted_grad(indices, g, factors, weight.shape[0])
