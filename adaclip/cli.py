@@ -83,7 +83,7 @@ def _guarded(run: Any) -> Any:
 
 
 def _add_train(commands: argparse._SubParsersAction) -> None:
-    from adaclip.train_config import add_flags
+    from adaclip.train_sources import add_flags
 
     parser = commands.add_parser(
         "train",
@@ -147,7 +147,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _start(args: argparse.Namespace, folders: Any) -> Any:
-    from adaclip.train_config import flags_given, resolve
+    from adaclip.train_sources import flags_given, resolve
 
     config = resolve(flags_given(args), args.config)
     # Before torch is imported and data is read: the cheapest mistake to find out about early.
@@ -162,7 +162,7 @@ def _start(args: argparse.Namespace, folders: Any) -> Any:
 
 
 def _resume(args: argparse.Namespace, folders: Any) -> Any:
-    from adaclip.train_config import flags_given, resume_with
+    from adaclip.train_sources import flags_given, resume_with
 
     if args.config is not None:
         raise ValueError(

@@ -21,7 +21,8 @@ from adaclip.plots import plot_run
 from adaclip.progress import Bar, Lines, Silent, make_reporter
 from adaclip.runs import RunFolder
 from adaclip.train import Training, evaluate
-from adaclip.train_config import TrainConfig, resolve
+from adaclip.train_config import TrainConfig
+from adaclip.train_sources import resolve
 
 
 @pytest.fixture(autouse=True, scope="module")
