@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import nn
 
@@ -12,14 +10,7 @@ from adaclip.layers import ReplacedForward
 from adaclip.optimizer import DPOptimizer
 from adaclip.validation import validate
 
-__all__ = ["check_model", "check_noise", "check_optimizer", "check_single_process"]
-
-
-def check_noise(noise_multiplier: float) -> None:
-    if isinstance(noise_multiplier, bool) or not isinstance(noise_multiplier, (int, float)):
-        raise TypeError(f"noise_multiplier must be a number, got {noise_multiplier!r}")
-    if not 0 <= noise_multiplier < math.inf:
-        raise ValueError(f"noise_multiplier must be finite and at least 0, got {noise_multiplier!r}")
+__all__ = ["check_model", "check_optimizer", "check_single_process"]
 
 
 def check_single_process() -> None:

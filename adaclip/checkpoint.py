@@ -15,7 +15,7 @@ from adaclip.optimizer import DPOptimizer
 
 __all__ = ["VERSION", "check_kinds", "check_module", "kinds", "load", "save"]
 
-VERSION = 2
+VERSION = 3
 
 
 def save(path: str | os.PathLike, state: dict[str, Any]) -> None:
@@ -75,7 +75,7 @@ def check_module(saved: dict[str, torch.Tensor], module: nn.Module) -> None:
 def kinds(optimizer: DPOptimizer, loader: LoaderBase) -> dict[str, Any]:
     """What a run may only be continued with: plain values by name."""
     return {
-        "noise_multiplier": optimizer.noise_multiplier,
+        "noise_multiplier": optimizer.base_noise_multiplier,
         "optimizer": type(optimizer.original_optimizer).__name__,
         "parameter groups": [len(g["params"]) for g in optimizer.param_groups],
         "loader": type(loader).__name__,

@@ -1,7 +1,8 @@
 """The clipped gradient sum of one logical batch, built up in `p.grad` by one or more backwards.
 
 At the end of each backward: layers' norms -> the strategy's factors -> weighted gradients into
-`p.grad`, already divided by the public expected batch size q N. What ends up there has bounded
+`p.grad`, already divided by the public expected batch size q N; and what the step releases beside the
+gradient is added to `statistics`, which live and die with `p.grad`. What ends up there has bounded
 sensitivity only if every sample went in once, clipped, and nothing else went in: most of this file
 is about noticing when that is not so, before anything is released.
 """
@@ -14,9 +15,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from adaclip import ops
 from adaclip.batches import BatchInfo
-from adaclip.clipping import Clipping
-from adaclip.layers import Layer, Tape, part_from_samples
+from adaclip.clipping import Clipping, Setting
+from adaclip.layers import Layer, Part, Tape, part_from_samples
+from adaclip.step_release import Statistics
 
 __all__ = ["ClippedSum"]
 
@@ -49,13 +52,24 @@ class ClippedSum:
         self._mean = loss_reduction == "mean"
         self._backend = backend
         self.clipping = clipping
-        owned = {p for layer in layers for p in layer.trainable()}
-        trained = [layer for layer in layers if owned.intersection(layer.trainable(), parameters())]
-        self._groups = clipping.prepare(len(trained))
+        wanted = set(parameters())
+        trained = [layer for layer in layers if wanted.intersection(layer.trainable())]
+        setting = Setting(
+            layers=len(trained),
+            parameters=tuple(
+                sum(p.numel() for p in wanted.intersection(layer.trainable())) for layer in trained
+            ),
+            expected_batch_size=denominator,
+            device=next(iter(parameters())).device,
+        )
+        self._groups = clipping.bind(setting)
         self._group_of: dict[nn.Parameter, int] = {}
         for k, layer in enumerate(trained):
             for p in layer.parameters():
                 self._group_of.setdefault(p, k if self._groups > 1 else 0)
+        self.statistics = Statistics([] if clipping.side is None else [clipping.side], setting.device)
+        # The number of the release that this sum is for. Addresses the keystream, so it never goes back.
+        self.release = 0
         # Norms [B] of the last backward's samples, before clipping. Private: for debugging only.
         self.sample_norms: Tensor | None = None
         # How many samples were dropped because their gradient was not finite. Private as well.
@@ -68,9 +82,12 @@ class ClippedSum:
     # --- the state of the sum ----------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Drop the sum: `p.grad` of every trained parameter becomes None."""
+        """Drop the sum: `p.grad` of every trained parameter becomes None, and the statistics zero."""
         for p in self._parameters():
             p.grad = None
+        self.statistics.clear()
+        # The thresholds this sum is clipped to, once it has begun.
+        self._thresholds: tuple[Tensor, int] | None = None
         self._made: dict[nn.Parameter, tuple[Tensor, int]] = {}
         self._step: int | None = None
         self._physical: BatchInfo | None = None
@@ -78,9 +95,15 @@ class ClippedSum:
         self._complete = False
         self.broken = None
 
-    def holds(self, step: int | None) -> bool:
-        """Whether the sum is (part of) that logical batch's."""
-        return bool(self._made) and self._step == step
+    def begin(self) -> None:
+        """Fix the thresholds of the logical batch in hand; nothing if that is done."""
+        if self._thresholds is None:
+            self.clipping.begin(self.release)
+            self._thresholds = self.clipping.thresholds, self.clipping.thresholds._version
+
+    def holds(self, step: int) -> bool:
+        """Whether the sum is (part of) that logical batch's, if only of rows that trained nothing."""
+        return self._step == step
 
     def group_of(self, parameter: nn.Parameter) -> int:
         """The clipping group of a trained parameter; a new one (unfrozen later) joins group 0."""
@@ -90,6 +113,13 @@ class ClippedSum:
         """Raise RuntimeError unless every `p.grad` is exactly what `finish` left there."""
         if self.broken:
             raise RuntimeError(f"the last backward failed ({self.broken}); call optimizer.zero_grad() first")
+        if self._thresholds is not None:
+            thresholds, version = self._thresholds
+            if self.clipping.thresholds is not thresholds or thresholds._version != version:
+                raise RuntimeError(
+                    "the clipping thresholds were changed between backward() and step(): the noise would no "
+                    "longer cover what was clipped to the old ones"
+                )
         for p in self._parameters():
             made = self._made.get(p)
             if p.grad is None:
@@ -194,14 +224,50 @@ class ClippedSum:
         self._complete = info.last
 
     def _accumulate(self, used: list[Layer], rows: int) -> None:
-        wanted = set(self._parameters())
         info = self._physical
         real = rows if info is None else max(0, min(rows, info.rows - self._rows_done))
         self._rows_done += rows
+        self.begin()
         if rows == 0:
             self.sample_norms = torch.zeros(0, dtype=torch.float64)
             return
-        parts = []
+        parts = self._parts(used)
+        if not parts:
+            return
+        device = parts[0][1].sqnorms.device
+        sqnorms = torch.zeros(self._groups, rows, dtype=torch.float64, device=device)
+        for k, part in parts:
+            sqnorms[k] += part.sqnorms
+        # A mean loss hands out g/B: undo it before clipping.
+        unit = float(rows) if self._mean else 1.0
+        thresholds = self.clipping.thresholds
+        factors, norms, shares = ops.clip_factors(
+            sqnorms,
+            thresholds,
+            self.clipping.rule,
+            unit=unit,
+            denominator=self._denominator,
+            real=real,
+            backend=self._backend,
+        )
+        outputs = self.statistics.outputs()
+        if outputs:
+            ops.sample_statistics(
+                sqnorms, thresholds, unit=unit, real=real, shares=shares, backend=self._backend, **outputs
+            )
+        self.sample_norms = norms[:real]
+        self.non_finite = self.non_finite + (~self.sample_norms.isfinite()).sum()
+        # The largest tensors are released first: the weight gradients take their place.
+        parts.sort(key=lambda kp: kp[1].held)
+        while parts:
+            k, part = parts.pop()
+            for p, grad in part.weigh(factors[k]):
+                self._add(p, grad)
+
+    def _parts(self, used: list[Layer]) -> list[tuple[int, Part]]:
+        """(clipping group, part) of everything that this backward recorded, which is forgotten."""
+        wanted = set(self._parameters())
+        parts: list[tuple[int, Part]] = []
         loose: dict[nn.Parameter, Tensor] = {}
         # Counted now, not at the start: parameters can be tied at any time.
         owners = Counter(p for layer in used for p in layer.trainable())
@@ -221,29 +287,7 @@ class ClippedSum:
             del whole
         for p, grads in loose.items():
             parts.append((self.group_of(p), part_from_samples({p: grads}, self._backend)))
-        loose.clear()
-        if not parts:
-            return
-        device = parts[0][1].sqnorms.device
-        sqnorms = torch.zeros(self._groups, rows, dtype=torch.float64, device=device)
-        for k, part in parts:
-            sqnorms[k] += part.sqnorms
-        # A mean loss hands out g/B: undo it before clipping.
-        scale = float(rows) if self._mean else 1.0
-        sqnorms *= scale * scale
-        factors = self.clipping.factors(sqnorms)
-        factors[:, real:] = 0.0
-        self.sample_norms = sqnorms[:, :real].sum(0).sqrt()
-        self.non_finite = self.non_finite + (~self.sample_norms.isfinite()).sum()
-        factors = (factors * (scale / self._denominator)).float()
-        # A denormal factor has lost the digits that made it safe.
-        factors = torch.where(factors < 2.0**-100, torch.zeros_like(factors), factors)
-        # The largest tensors are released first: the weight gradients take their place.
-        parts.sort(key=lambda kp: kp[1].held)
-        while parts:
-            k, part = parts.pop()
-            for p, grad in part.weigh(factors[k]):
-                self._add(p, grad)
+        return parts
 
     def _add(self, p: nn.Parameter, grad: Tensor) -> None:
         if p.grad is None:

@@ -21,7 +21,7 @@ from adaclip.accounting import (
     calibrate_noise,
     create_accountant,
 )
-from adaclip.arguments import check_model, check_noise, check_optimizer, check_single_process
+from adaclip.arguments import check_model, check_optimizer, check_single_process
 from adaclip.batches import BatchInfo
 from adaclip.budget import Budget
 from adaclip.clipped_sum import ClippedSum
@@ -31,6 +31,7 @@ from adaclip.layers import ReplacedForward, RootForward, Tape, build_layers
 from adaclip.noise import NoiseSource
 from adaclip.optimizer import DPOptimizer
 from adaclip.sampler import PoissonLoader
+from adaclip.step_release import check_noise
 
 __all__ = ["PrivacyEngine"]
 
@@ -344,7 +345,10 @@ class PrivacyEngine:
                 "module": module.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "accountant": self.accountant.state_dict(),
-                "clipping": optimizer._sum.clipping.state_dict(),
+                "clipping": {
+                    "config": optimizer.clipping.config(),
+                    "state": optimizer.clipping.state_dict(),
+                },
                 "kinds": checkpoint.kinds(optimizer, self._loader),
                 "releases": optimizer.releases,
                 "loader": self._loader.state_dict(),
@@ -368,7 +372,11 @@ class PrivacyEngine:
         ledger = Ledger.from_state_dict(state["accountant"])
         checkpoint.check_kinds({"adjacency": ledger.adjacency}, {"adjacency": self.accountant.adjacency})
         budget = None if state["budget"] is None else Budget.from_state_dict(state["budget"])
-        optimizer._sum.clipping.load_state_dict(state["clipping"])
+        checkpoint.check_kinds(
+            {"clipping": state["clipping"]["config"]}, {"clipping": optimizer.clipping.config()}
+        )
+        optimizer.clipping.check_state(state["clipping"]["state"])
+        optimizer.clipping.load_state_dict(state["clipping"]["state"])
         self._loader.load_state_dict(state["loader"])
         optimizer.load_state_dict(state["optimizer"])
         module.load_state_dict(state["module"])
