@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 __all__ = ["Cosine", "Exponential", "Linear", "Piecewise", "Schedule", "check_schedule", "schedule_from_dict"]
@@ -106,7 +107,7 @@ class Piecewise(Schedule):
                 (_count(piece[0], f"pieces[{i}] step", 0), _factor(piece[1], f"pieces[{i}] factor"))
             )
         steps = [step for step, _ in checked]
-        if steps[0] != 0 or any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
+        if steps[0] != 0 or any(a >= b for a, b in pairwise(steps)):
             raise ValueError(f"pieces must begin at step 0 and be in increasing order, got steps {steps}")
         object.__setattr__(self, "pieces", tuple(checked))
 

@@ -136,7 +136,7 @@ class Clipping(ABC):
         Called once, before anything is changed. Raises ValueError where the strategy does not fit.
         """
 
-    def begin(self, t: int) -> None:
+    def begin(self, t: int) -> None:  # noqa: B027 - most thresholds are no function of t
         """Release number t is about to be made: set C_t, where it is a function of t.
 
         Called before the first backward of a logical batch and, again, before its noise if there was no
