@@ -130,19 +130,20 @@ PYBIND11_MODULE(_core, m) {
   // One tuple per tensor: addresses of parameter, gradient, momentum and square (0: none), number of
   // elements, first chunk, and the numbers of StepRule in its order.
   using Step =
-      std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, std::array<float, 12>>;
+      std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, std::array<float, 14>>;
   m.def("noisy_step", [](const std::string& key, uint64_t step, uint32_t stream,
                          const std::vector<Step>& steps, int threads) {
     std::vector<adaclip::StepTensor> tensors;
     tensors.reserve(steps.size());
     for (const auto& [param, grad, momentum, square, n, first_chunk, r] : steps)
-      tensors.push_back({reinterpret_cast<float*>(param),
-                         reinterpret_cast<const float*>(grad),
-                         reinterpret_cast<float*>(momentum),
-                         reinterpret_cast<float*>(square),
-                         n,
-                         first_chunk,
-                         {r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8], r[9], r[10], r[11]}});
+      tensors.push_back(
+          {reinterpret_cast<float*>(param),
+           reinterpret_cast<const float*>(grad),
+           reinterpret_cast<float*>(momentum),
+           reinterpret_cast<float*>(square),
+           n,
+           first_chunk,
+           {r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8], r[9], r[10], r[11], r[12], r[13]}});
     const auto ks = keystream(key, step, stream);
     py::gil_scoped_release unlocked;
     adaclip::noisy_step(ks, tensors.data(), static_cast<int64_t>(tensors.size()), threads);
