@@ -1,19 +1,17 @@
-"""From settings to objects: data, model, optimizer, learning rate, moving average."""
+"""From settings to objects: data, model, optimizer, learning rate."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import nn
 
 from adaclip import data, models
 from adaclip.data import ImageData
 from adaclip.train_config import TrainConfig
 
-__all__ = ["build_model", "build_optimizer", "learning_rate", "load_data", "moving_average", "pick_device"]
+__all__ = ["build_model", "build_optimizer", "learning_rate", "load_data", "pick_device"]
 
 _OPTIMIZERS = {
     "sgd": torch.optim.SGD,
@@ -73,16 +71,3 @@ def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimi
     if config.optimizer == "sgd":
         options["momentum"] = config.momentum
     return _OPTIMIZERS[config.optimizer](model.parameters(), **options)
-
-
-def moving_average(model: nn.Module, decay: float) -> AveragedModel:
-    """A copy of the model for the average of its weights, which forgets the random start.
-
-    The n-th update (from 0) uses decay min(decay, (1 + n) / (10 + n)). Post-processing: no privacy cost.
-    """
-
-    def update(averaged: Any, current: Any, count: Tensor) -> None:
-        n = int(count)
-        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, count)
-
-    return AveragedModel(model, multi_avg_fn=update)

@@ -22,7 +22,6 @@ from adaclip.assembly import (
     build_optimizer,
     learning_rate,
     load_data,
-    moving_average,
     pick_device,
 )
 from adaclip.augment import augment
@@ -33,6 +32,7 @@ from adaclip.interrupts import Interrupts
 from adaclip.plots import plot_run
 from adaclip.progress import make_reporter
 from adaclip.runs import RunFolder, adopt_ledger
+from adaclip.smoothing import moving_average
 from adaclip.train_config import TrainConfig
 
 __all__ = ["Training", "evaluate", "is_finished"]

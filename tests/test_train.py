@@ -14,12 +14,13 @@ from torch import nn
 
 from adaclip import train
 from adaclip.accounting import Event, Ledger, SubsampledGaussian
-from adaclip.assembly import learning_rate, moving_average, pick_device
+from adaclip.assembly import learning_rate, pick_device
 from adaclip.augment import AUGMENTATIONS, augment
 from adaclip.interrupts import Interrupts
 from adaclip.plots import plot_run
 from adaclip.progress import Bar, Lines, Silent, make_reporter
 from adaclip.runs import RunFolder
+from adaclip.smoothing import moving_average
 from adaclip.train import Training, evaluate
 from adaclip.train_config import TrainConfig
 from adaclip.train_sources import resolve
