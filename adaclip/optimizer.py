@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from adaclip.batches import BatchInfo
 from adaclip.clipped_sum import ClippedSum
 from adaclip.clipping import Clipping
+from adaclip.groups import LabelGroups
 from adaclip.noise import STREAM_GRADIENT, NoiseSource
 from adaclip.schedules import Schedule
+from adaclip.smoothing import EvaluationPoint
 from adaclip.step_release import check_noise, gradient_sigma
 from adaclip.update import noisy_update
 
@@ -50,6 +52,7 @@ class DPOptimizer(torch.optim.Optimizer):
         book: Callable[[BatchInfo | None], None],
         batch: Callable[[], BatchInfo | None],
         noise_schedule: Schedule | None = None,
+        point: EvaluationPoint | None = None,
     ):
         # Not super().__init__(): the groups and the state are the wrapped optimizer's, not new ones.
         self.original_optimizer = optimizer
@@ -57,11 +60,17 @@ class DPOptimizer(torch.optim.Optimizer):
         self._source = source
         self._book = book
         self._batch = batch
+        self._point = point
         self._noise_schedule = noise_schedule
-        self._set_noise(noise_multiplier)
         self._base_noise = noise_multiplier
+        if noise_schedule is not None:
+            # A schedule that would fail on its way is refused now; the largest sigma leaves the least.
+            most = max(noise_schedule(t) for t in range(noise_schedule.length + 1))
+            gradient_sigma(noise_multiplier * most, clipped_sum.statistics.sensitivities)
+            self._follow_schedule()
+        else:
+            self._set_noise(noise_multiplier)
         self._expected_batch_size = expected_batch_size
-        self._follow_schedule()
         # The clipping group of each trained parameter, on the thresholds' device.
         self._group_index: tuple[list[int], Tensor] = [], torch.empty(0, dtype=torch.int64)
         self._released: int | None = None
@@ -133,6 +142,21 @@ class DPOptimizer(torch.optim.Optimizer):
         return self._sum.clipping
 
     @property
+    def groups(self) -> LabelGroups | None:
+        """The label groups at work (the engine's own copy), if there are any."""
+        return self._sum.groups
+
+    @property
+    def smoothing(self) -> EvaluationPoint | None:
+        """Where gradients are taken, if not at the parameters themselves."""
+        return self._point
+
+    @property
+    def noise_schedule(self) -> Schedule | None:
+        """What sigma is multiplied by, release by release."""
+        return self._noise_schedule
+
+    @property
     def max_grad_norm(self) -> float:
         """The norm that a sample's whole gradient is clipped to in the logical batch in hand.
 
@@ -191,15 +215,18 @@ class DPOptimizer(torch.optim.Optimizer):
             # No backward for this batch (the loop skipped it): the step is noise alone.
             self._sum.reset()
         self._sum.begin()
+        if self._point is not None:
+            self._point.leave()
         self._book(info)
         if info is not None:
             self._released = info.step
         step = self.releases
         self.releases += 1
         params = self.trained()
-        noisy_update(
-            self.original_optimizer, params, self._stds(params), self._source, step, stream=STREAM_GRADIENT
-        )
+        stds = self._stds(params)
+        noisy_update(self.original_optimizer, params, stds, self._source, step, stream=STREAM_GRADIENT)
+        if self._point is not None:
+            self._point.observe(stds)
         self._sum.statistics.release(self._source, step)
         self._sum.reset()
         return loss
@@ -216,6 +243,8 @@ class DPOptimizer(torch.optim.Optimizer):
         """Take sigma for the step to come; ValueError, with nothing changed, if it cannot be split."""
         self._gradient_noise = gradient_sigma(sigma, self._sum.statistics.sensitivities)
         self._noise = sigma
+        self._sum.clipping.note_noise(self._gradient_noise)
+        self._sum.clipping.note_noise(self._gradient_noise)
 
     def _follow_schedule(self) -> None:
         """Without a schedule the noise is set already."""

@@ -7,15 +7,23 @@ than the gradient (`adaclip.step_release`).
 """
 
 from adaclip.clipping.base import SLACK, Clipping, Rule, Setting, SideRelease, check_norm, clip_factors
+from adaclip.clipping.dc_sgd import DCSGDClipping
 from adaclip.clipping.flat import FlatClipping
 from adaclip.clipping.names import make_clipping
+from adaclip.clipping.normalized import AutomaticClipping, PSACClipping
 from adaclip.clipping.per_layer import PerLayerClipping
+from adaclip.clipping.quantile import AdaptiveClipping, QuantileThresholds
 
 __all__ = [
     "SLACK",
+    "AdaptiveClipping",
+    "AutomaticClipping",
     "Clipping",
+    "DCSGDClipping",
     "FlatClipping",
+    "PSACClipping",
     "PerLayerClipping",
+    "QuantileThresholds",
     "Rule",
     "Setting",
     "SideRelease",

@@ -143,6 +143,9 @@ class Clipping(ABC):
         backward; more often for the same t if a logical batch is abandoned.
         """
 
+    def note_noise(self, noise_multiplier: float) -> None:  # noqa: B027
+        """The gradient's share sigma_g of the noise multiplier is this from now on. Public; most need it not."""
+
     def noise_scale(self) -> Tensor:
         """float64 [K]: each group's noise standard deviation for a noise multiplier of 1.
 

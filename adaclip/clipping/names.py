@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from adaclip.clipping.base import Clipping
+from adaclip.clipping.dc_sgd import DCSGDClipping
 from adaclip.clipping.flat import FlatClipping
+from adaclip.clipping.normalized import AutomaticClipping, PSACClipping
 from adaclip.clipping.per_layer import PerLayerClipping
+from adaclip.clipping.quantile import AdaptiveClipping
 
 __all__ = ["make_clipping"]
 
 _STRATEGIES: dict[str, Callable[..., Clipping]] = {
     "flat": FlatClipping,
     "per_layer": PerLayerClipping,
+    "adaptive": AdaptiveClipping,
+    "automatic": AutomaticClipping,
+    "psac": PSACClipping,
+    "dc_sgd": DCSGDClipping,
+    "dc_sgd_error": partial(DCSGDClipping, criterion="error"),
 }
 
 
