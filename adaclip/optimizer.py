@@ -244,7 +244,6 @@ class DPOptimizer(torch.optim.Optimizer):
         self._gradient_noise = gradient_sigma(sigma, self._sum.statistics.sensitivities)
         self._noise = sigma
         self._sum.clipping.note_noise(self._gradient_noise)
-        self._sum.clipping.note_noise(self._gradient_noise)
 
     def _follow_schedule(self) -> None:
         """Without a schedule the noise is set already."""
