@@ -5,12 +5,39 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from adaclip import ops
 from adaclip.errors import UnsupportedModuleError
+from adaclip.groups import LabelGroups
 from adaclip.layers import ReplacedForward
 from adaclip.optimizer import DPOptimizer
+from adaclip.schedules import Schedule, check_schedule
+from adaclip.step_release import check_noise
 from adaclip.validation import validate
 
-__all__ = ["check_model", "check_optimizer", "check_single_process"]
+__all__ = ["check_model", "check_optimizer", "check_options", "check_single_process"]
+
+
+def check_options(
+    *,
+    noise_multiplier: float,
+    noise_schedule: Schedule | None,
+    poisson_sampling: bool,
+    groups: LabelGroups | None,
+    backend: str,
+    loss_reduction: str,
+) -> None:
+    """The options that no other part of the engine checks."""
+    check_noise(noise_multiplier)
+    ops.check_backend(backend)
+    if loss_reduction not in ("mean", "sum"):
+        raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
+    if check_schedule(noise_schedule, "noise_schedule") is not None and not poisson_sampling:
+        raise ValueError(
+            "noise_schedule must be None for shuffled batches, whose noise may not fall within an epoch, "
+            f"got {noise_schedule}"
+        )
+    if groups is not None and not isinstance(groups, LabelGroups):
+        raise TypeError(f"groups must be an adaclip.groups.LabelGroups or None, got {type(groups).__name__}")
 
 
 def check_single_process() -> None:

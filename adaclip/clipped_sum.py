@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from adaclip import ops
 from adaclip.batches import BatchInfo
 from adaclip.clipping import Clipping, Setting
+from adaclip.groups import LabelGroups
 from adaclip.layers import Layer, Part, Tape, part_from_samples
 from adaclip.step_release import Statistics
 
@@ -30,6 +31,9 @@ class ClippedSum:
     parameters: called for the parameters that are trained, in the order the noise is drawn.
     batch: called for what the private loader says of the batch in hand; None without one.
     denominator: the public expected batch size, q N.
+    groups, labels: the label groups, if any, and what is called for the labels of the batch in hand.
+
+    Making one changes nothing; `reset` begins its work.
     """
 
     def __init__(
@@ -43,6 +47,8 @@ class ClippedSum:
         denominator: float,
         loss_reduction: str,
         backend: str,
+        groups: LabelGroups | None = None,
+        labels: Callable[[], Tensor | None] | None = None,
     ):
         self._layers = layers
         self._tape = tape
@@ -51,7 +57,9 @@ class ClippedSum:
         self._denominator = denominator
         self._mean = loss_reduction == "mean"
         self._backend = backend
+        self._labels = labels
         self.clipping = clipping
+        self.groups = groups
         wanted = set(parameters())
         trained = [layer for layer in layers if wanted.intersection(layer.trainable())]
         setting = Setting(
@@ -67,7 +75,11 @@ class ClippedSum:
         for k, layer in enumerate(trained):
             for p in layer.parameters():
                 self._group_of.setdefault(p, k if self._groups > 1 else 0)
-        self.statistics = Statistics([] if clipping.side is None else [clipping.side], setting.device)
+        sides = [] if clipping.side is None else [clipping.side]
+        if groups is not None:
+            groups.bind(setting)
+            sides.append(groups)
+        self.statistics = Statistics(sides, setting.device)
         # The number of the release that this sum is for. Addresses the keystream, so it never goes back.
         self.release = 0
         # Norms [B] of the last backward's samples, before clipping. Private: for debugging only.
@@ -77,7 +89,7 @@ class ClippedSum:
         self._last_forward = 0
         # Why the sum cannot be used, if the last backward did not come to its end.
         self.broken: str | None = None
-        self.reset()
+        self._forget()
 
     # --- the state of the sum ----------------------------------------------------------------------
 
@@ -86,6 +98,9 @@ class ClippedSum:
         for p in self._parameters():
             p.grad = None
         self.statistics.clear()
+        self._forget()
+
+    def _forget(self) -> None:
         # The thresholds this sum is clipped to, once it has begun.
         self._thresholds: tuple[Tensor, int] | None = None
         self._made: dict[nn.Parameter, tuple[Tensor, int]] = {}
@@ -241,6 +256,11 @@ class ClippedSum:
         # A mean loss hands out g/B: undo it before clipping.
         unit = float(rows) if self._mean else 1.0
         thresholds = self.clipping.thresholds
+        outputs = self.statistics.outputs()
+        weights = None
+        if self.groups is not None:
+            outputs["labels"] = labels = self._labels_of(rows).to(device)
+            weights = self.groups.weights(labels, real)
         factors, norms, shares = ops.clip_factors(
             sqnorms,
             thresholds,
@@ -248,9 +268,9 @@ class ClippedSum:
             unit=unit,
             denominator=self._denominator,
             real=real,
+            weights=weights,
             backend=self._backend,
         )
-        outputs = self.statistics.outputs()
         if outputs:
             ops.sample_statistics(
                 sqnorms, thresholds, unit=unit, real=real, shares=shares, backend=self._backend, **outputs
@@ -263,6 +283,16 @@ class ClippedSum:
             k, part = parts.pop()
             for p, grad in part.weigh(factors[k]):
                 self._add(p, grad)
+
+    def _labels_of(self, rows: int) -> Tensor:
+        """int64 [rows]: the labels of the rows of this backward, the last ones of those seen so far."""
+        labels = self._labels()
+        if labels is None or self._physical is None:
+            raise RuntimeError(
+                "label groups need a batch of the private loader, which hands out the labels: iterate over the "
+                "loader that make_private returned"
+            )
+        return labels[self._rows_done - rows : self._rows_done]
 
     def _parts(self, used: list[Layer]) -> list[tuple[int, Part]]:
         """(clipping group, part) of everything that this backward recorded, which is forgotten."""

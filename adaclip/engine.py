@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import copy
 import os
 import warnings
 from collections.abc import Sequence
@@ -12,26 +12,22 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from adaclip import checkpoint, ops
-from adaclip.accounting import (
-    Accountant,
-    Event,
-    Ledger,
-    SubsampledGaussian,
-    calibrate_noise,
-    create_accountant,
-)
-from adaclip.arguments import check_model, check_optimizer, check_single_process
+from adaclip import checkpoint
+from adaclip.accounting import Accountant, Ledger, SubsampledGaussian, create_accountant
+from adaclip.arguments import check_model, check_optimizer, check_options, check_single_process
 from adaclip.batches import BatchInfo
 from adaclip.budget import Budget
 from adaclip.clipped_sum import ClippedSum
 from adaclip.clipping import Clipping, make_clipping
 from adaclip.epochs import EpochLoader
+from adaclip.groups import LabelGroups
 from adaclip.layers import ReplacedForward, RootForward, Tape, build_layers
 from adaclip.noise import NoiseSource
 from adaclip.optimizer import DPOptimizer
+from adaclip.planning import calibrate_schedule, planned_events, planned_releases, quantized
 from adaclip.sampler import PoissonLoader
-from adaclip.step_release import check_noise
+from adaclip.schedules import Schedule, check_schedule
+from adaclip.smoothing import EvaluationPoint, SmoothedLoss
 
 __all__ = ["PrivacyEngine"]
 
@@ -84,6 +80,9 @@ class PrivacyEngine:
         max_grad_norm: float | Sequence[float] | None = None,
         poisson_sampling: bool = True,
         clipping: str | Clipping = "flat",
+        noise_schedule: Schedule | None = None,
+        groups: LabelGroups | None = None,
+        smoothing: SmoothedLoss | None = None,
         max_batch_size: int | None = None,
         pad_to: int | str | None = None,
         backend: str = "auto",
@@ -98,12 +97,19 @@ class PrivacyEngine:
             optimizer: any torch optimizer over (a subset of) the module's parameters; SGD, Adam, AdamW
               and NAdam get a fused noise + update pass. Parameters it does not hold are not trained.
             data_loader: an ordinary DataLoader; its batch_size / len(dataset) becomes the sampling rate.
-            noise_multiplier: sigma; noise has standard deviation sigma C. 0 is exact clipped SGD.
+            noise_multiplier: sigma of a whole step. Without statistics beside the gradient, noise has
+              standard deviation sigma C; with them it has more (`adaclip.step_release`). 0 is exact clipped SGD.
             max_grad_norm: C, the clipping norm, 1.0 if left out (a sequence for per-layer clipping: one
               a layer).
             poisson_sampling: False keeps the loader's own shuffled batches, and the accountant then
               books one full-batch release an epoch: no amplification by sampling (with a warning).
-            clipping: "flat", "per_layer" or an `adaclip.clipping` object.
+            clipping: a strategy's name or an `adaclip.clipping` object (which is copied: read the one at
+              work from `optimizer.clipping`).
+            noise_schedule: an `adaclip.schedules` object: release t has the noise multiplier sigma times
+              schedule(t), and is booked with it. For Poisson batches only.
+            groups: label groups, whose noisy statistics every step releases (`adaclip.groups`; copied:
+              `optimizer.groups`).
+            smoothing: take gradients at randomly moved weights (`adaclip.smoothing`); costs no privacy.
             max_batch_size: split logical batches into physical ones of at most so many rows; the loop
               stays as it is, `step` and `zero_grad` act on the last one only.
             pad_to: fill physical batches with zero-weight rows to this size ("auto": the largest that
@@ -121,10 +127,14 @@ class PrivacyEngine:
             changed in either case.
         """
         self._check_free()
-        check_noise(noise_multiplier)
-        ops.check_backend(backend)
-        if loss_reduction not in ("mean", "sum"):
-            raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
+        check_options(
+            noise_multiplier=noise_multiplier,
+            noise_schedule=noise_schedule,
+            poisson_sampling=poisson_sampling,
+            groups=groups,
+            backend=backend,
+            loss_reduction=loss_reduction,
+        )
         check_single_process()
         check_model(module)
         check_optimizer(module, optimizer)
@@ -165,7 +175,10 @@ class PrivacyEngine:
             denominator=loader.expected_batch_size,
             loss_reduction=loss_reduction,
             backend=backend,
+            groups=copy.deepcopy(groups),
+            labels=lambda: loader.labels,
         )
+        point = EvaluationPoint.needed(optimizer, smoothing, source)
         self._optimizer = DPOptimizer(
             optimizer,
             clipped_sum,
@@ -174,7 +187,10 @@ class PrivacyEngine:
             source=source,
             book=self._book,
             batch=batch,
+            noise_schedule=noise_schedule,
+            point=point,
         )
+        clipped_sum.reset()
         self._loader, self._module, self.accountant = loader, module, accountant
         for layer in layers:
             layer.attach()
@@ -195,12 +211,15 @@ class PrivacyEngine:
         epochs: int | None = None,
         steps: int | None = None,
         poisson_sampling: bool = True,
+        noise_schedule: Schedule | None = None,
         **options: Any,
     ) -> tuple[nn.Module, DPOptimizer, PoissonLoader | EpochLoader]:
         """`make_private` with the noise multiplier that spends (target_epsilon, target_delta) on a schedule.
 
         Args:
             epochs, steps: the planned length; exactly one of them. An epoch is len(loader) logical steps.
+            noise_schedule: as in `make_private`; the noise multiplier that it scales is calibrated for all of
+              the planned releases together. A schedule of more than 32 values is taken as 32 constant pieces.
             options: the other arguments of `make_private`.
 
         The budget is enforced: an `optimizer.step()` that would pass it raises PrivacyBudgetExceeded and
@@ -210,25 +229,18 @@ class PrivacyEngine:
         RDP filter guards the budget (`adaclip.budget.Budget` says which rule is valid when).
         """
         self._check_free()
-        if (epochs is None) == (steps is None):
-            raise ValueError(f"exactly one of epochs and steps must be given, got {epochs=} and {steps=}")
-        length = epochs if steps is None else steps
-        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-            name = "epochs" if steps is None else "steps"
-            raise ValueError(f"{name} must be a positive integer, got {length!r}")
         if "noise_multiplier" in options:
             raise TypeError("noise_multiplier must not be given: it is calibrated from target_epsilon")
         # Made once more in make_private: here for its checks, and for how it counts an epoch.
         make = PoissonLoader.from_data_loader if poisson_sampling else EpochLoader
         planned = make(data_loader)
-        if poisson_sampling:
-            releases = length if epochs is None else length * len(planned)
-        else:
-            releases = length if steps is None else math.ceil(length / len(planned))
-        budget = Budget(target_epsilon, target_delta)
         sampling = "poisson" if poisson_sampling else "shuffled"
+        releases = planned_releases(epochs, steps, len(planned), sampling)
+        budget = Budget(target_epsilon, target_delta)
+        if check_schedule(noise_schedule, "noise_schedule") is not None:
+            noise_schedule = quantized(noise_schedule, releases)
         spent = self.accountant.history
-        sigma = calibrate_noise(
+        sigma = calibrate_schedule(
             target_epsilon=target_epsilon,
             delta=target_delta,
             sample_rate=planned.sample_rate,
@@ -237,17 +249,19 @@ class PrivacyEngine:
             adjacency=self._accountant_for(poisson_sampling).adjacency,
             sampling=sampling,
             spent=spent,
+            schedule=noise_schedule,
         )
         made = self.make_private(
             module=module,
             optimizer=optimizer,
             data_loader=data_loader,
             noise_multiplier=sigma,
+            noise_schedule=noise_schedule,
             poisson_sampling=poisson_sampling,
             **options,
         )
         if not spent:
-            plan = Event(SubsampledGaussian(planned.sample_rate, sigma, sampling), releases)
+            plan = planned_events(sigma, noise_schedule, releases, planned.sample_rate, sampling)
             budget = Budget(target_epsilon, target_delta, plan)
         self._budget = budget
         return made
@@ -334,28 +348,13 @@ class PrivacyEngine:
     def save_checkpoint(
         self, path: str | os.PathLike, *, module: nn.Module, optimizer: DPOptimizer, extra: dict | None = None
     ) -> None:
-        """Write model, optimizer, ledger and counters to `path`, atomically.
+        """Write model, optimizer, thresholds and other released state, ledger and counters to `path`, atomically.
 
         The noise key is not in it: a resumed run draws a new one. `extra`: plain values of your own.
         """
         self._check_attached(module, optimizer)
-        checkpoint.save(
-            path,
-            {
-                "module": module.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "accountant": self.accountant.state_dict(),
-                "clipping": {
-                    "config": optimizer.clipping.config(),
-                    "state": optimizer.clipping.state_dict(),
-                },
-                "kinds": checkpoint.kinds(optimizer, self._loader),
-                "releases": optimizer.releases,
-                "loader": self._loader.state_dict(),
-                "budget": self._budget.state_dict() if self._budget else None,
-                "extra": extra or {},
-            },
-        )
+        loader, budget = self._loader, self._budget
+        checkpoint.save(path, checkpoint.collect(module, optimizer, loader, self.accountant, budget, extra))
 
     def load_checkpoint(
         self, path: str | os.PathLike, *, module: nn.Module, optimizer: DPOptimizer
@@ -363,26 +362,15 @@ class PrivacyEngine:
         """Continue from `path`; returns the `extra` it was saved with. Loading executes no code.
 
         Raises ValueError, with nothing changed, if the file is damaged or of another version, or belongs
-        to another model, optimizer, clipping, noise multiplier or data set.
+        to another model, optimizer, clipping, groups, smoothing, noise multiplier, schedule or data set.
         """
         self._check_attached(module, optimizer)
         state = checkpoint.load(path)
-        checkpoint.check_module(state["module"], module)
-        checkpoint.check_kinds(state["kinds"], checkpoint.kinds(optimizer, self._loader))
-        ledger = Ledger.from_state_dict(state["accountant"])
-        checkpoint.check_kinds({"adjacency": ledger.adjacency}, {"adjacency": self.accountant.adjacency})
-        budget = None if state["budget"] is None else Budget.from_state_dict(state["budget"])
-        checkpoint.check_kinds(
-            {"clipping": state["clipping"]["config"]}, {"clipping": optimizer.clipping.config()}
-        )
-        optimizer.clipping.check_state(state["clipping"]["state"])
-        optimizer.clipping.load_state_dict(state["clipping"]["state"])
-        self._loader.load_state_dict(state["loader"])
-        optimizer.load_state_dict(state["optimizer"])
-        module.load_state_dict(state["module"])
-        self._adopt(ledger)
+        ledger, budget = checkpoint.check(state, module, optimizer, self._loader, self.accountant.adjacency)
+        # The sum in hand was clipped to other thresholds, and its parameters are about to change.
         optimizer._sum.reset()
-        optimizer.releases = max(optimizer.releases, state["releases"])
+        checkpoint.restore(state, module, optimizer, self._loader)
+        self._adopt(ledger)
         if self._budget is None:
             self._budget = budget
         return state["extra"]
