@@ -9,7 +9,6 @@ summed: a factor rounded to 8 bits would let a sample contribute more than its b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +23,11 @@ __all__ = [
     "embedding_sample_grads",
     "embedding_weighted_grad",
     "follow_quantile",
+    "linear_roundings",
     "linear_sample_grads",
     "linear_weighted_grad",
     "live_rows",
     "position_norms_product",
-    "roundings",
     "row_sqnorms",
     "scale_rows",
     "weighted_sum",
@@ -38,28 +37,18 @@ __all__ = [
 ]
 
 
-# Positions that one matrix product or convolution sums in its own dtype; further ones are added in float64.
-# A constant and not the batch's size: how much a sum can round decides norms, and those of one sample may
-# not depend on how many others there are.
-_LONGEST_SUM = 1 << 14
+# Positions that one matrix product sums in float32; further ones are added in float64. A constant and not the
+# batch's size: how much a sum can round decides norms, and one sample's norm may not depend on how many
+# others there are.
+_LONGEST_SUM = 1024
 
 
-def roundings(positions: int) -> int:
-    """How many roundings in a row an entry of `linear_weighted_grad` or `conv_weighted_grad` can pass through.
+def linear_roundings(positions: int) -> int:
+    """How many roundings in a row an entry of `linear_weighted_grad` can pass through.
 
-    positions: those of one sample. Whatever the number of samples.
+    positions: those of one sample; the number of samples does not matter.
     """
     return max(positions, _LONGEST_SUM) + 3
-
-
-def _summed(make: Callable[..., Tensor], positions: int, *tensors: Tensor) -> Tensor:
-    """`make(*tensors)`, a sum over samples and their positions, by pieces of at most `_LONGEST_SUM` positions."""
-    size = max(1, _LONGEST_SUM // max(1, positions))
-    pieces = zip(*(t.split(size) for t in tensors), strict=True)
-    total = make(*next(pieces))
-    for more in pieces:
-        total = total.double() + make(*more)
-    return total.to(tensors[-1].dtype)
 
 
 # Products and float32 roundings of the weighted sum stay inside this margin, so that
@@ -162,7 +151,13 @@ def linear_weighted_grad(a: Tensor, g: Tensor, factors: Tensor) -> Tensor:
     """a [B, T, Din], g [B, T, Dout], factors [B] -> [Dout, Din]: `sum_b factors_b sum_t g_t a_t^T`."""
     factors, a, g = live_rows(factors, a, g)
     a, g = scale_rows(factors, a, g)
-    return _summed(lambda a, g: g.flatten(0, 1).t() @ a.flatten(0, 1), a.shape[1], a, g)
+    size = max(1, _LONGEST_SUM // max(1, a.shape[1]))
+    pieces = zip(a.split(size), g.split(size), strict=True)
+    products = (h.flatten(0, 1).t() @ x.flatten(0, 1) for x, h in pieces)
+    total = next(products)
+    for product in products:
+        total = total.double() + product
+    return total.to(g.dtype)
 
 
 def embedding_weighted_grad(indices: Tensor, g: Tensor, factors: Tensor, rows: int) -> Tensor:
@@ -239,16 +234,23 @@ def conv_weighted_grad(
     """`sum_b factors_b dL_b/dweight`, shaped like weight: one weight gradient of the scaled tensors."""
     factors, x, g = live_rows(factors, x, g)
     x, g = scale_rows(factors, x, g)
-    weight = weight.to(g.dtype)
     if g.shape[0] == 0:
-        return torch.zeros_like(weight)
-    geometry = (stride, padding, dilation, False, [0] * len(stride), groups)
-
-    def make(x: Tensor, g: Tensor) -> Tensor:
-        backward = torch.ops.aten.convolution_backward(g, x, weight, None, *geometry, [False, True, False])
-        return backward[1]
-
-    return _summed(make, math.prod(g.shape[2:]), x, g)
+        return torch.zeros_like(weight, dtype=g.dtype)
+    # In float64: in float32, how far the sum rounds would depend on how many samples there are.
+    total = torch.ops.aten.convolution_backward(
+        g.double(),
+        x.double(),
+        weight.double(),
+        None,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0] * len(stride),
+        groups,
+        [False, True, False],
+    )[1]
+    return total.to(g.dtype)
 
 
 def clip_factors(

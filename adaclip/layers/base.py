@@ -10,12 +10,12 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from adaclip import ops
+from adaclip import ops, reference
 from adaclip.layers.tape import Slot, Tape, Use
 
 __all__ = [
@@ -29,6 +29,8 @@ __all__ = [
     "part_from_samples",
     "raised",
     "rounding_bound",
+    "split_views",
+    "sum_views",
 ]
 
 Gradients = list[tuple[nn.Parameter, Tensor]]
@@ -132,7 +134,29 @@ class Layer(ReplacedForward):
         raise TypeError(f"{type(self).__name__} has no forward")
 
     def rows(self, use: Use) -> int:
-        return use.tensors[0].shape[0]
+        """How many samples a use holds."""
+        return use.tensors[0].shape[0] // use.views
+
+    def fold(self, use: Use, views: int) -> Use:
+        """The use of samples that are seen `views` times each, from one whose every view is a row.
+
+        Rows are in the loader's order, b * views + v. A sample's gradient is the sum over its views, and what
+        is bounded is the norm of that sum: the kinds that sum over positions count views as positions.
+        Called before everything else that is asked of a use.
+
+        Raises:
+            RuntimeError: the rows are not a multiple of `views`.
+        """
+        rows = use.tensors[0].shape[0]
+        if rows % views:
+            raise RuntimeError(
+                f"{self.name or 'the model'} has seen {rows} rows, which must be {views} views of every sample, "
+                "one after the other"
+            )
+        return use if views == 1 else self._fold(use, views)
+
+    def _fold(self, use: Use, views: int) -> Use:
+        return replace(use, views=views)
 
     def merge(self, uses: list[Use]) -> Use | None:
         """One use with the same per-sample gradients as all of `uses`, where the layer kind has one."""
@@ -143,7 +167,7 @@ class Layer(ReplacedForward):
         return part_from_samples(self.sample_grads(use, wanted), self.backend)
 
     def sample_grads(self, use: Use, wanted: set[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
-        """The per-sample gradients [B, *p.shape] of the parameters in `wanted`, for one use."""
+        """The per-sample gradients [B, *p.shape] of the parameters in `wanted`, for one use, views summed."""
         raise TypeError(f"{type(self).__name__} has no per-sample gradients")
 
 
@@ -155,6 +179,16 @@ def part_from_samples(grads: dict[nn.Parameter, Tensor], backend: str) -> Part:
         return [as_gradient(p, ops.weighted_sum(v, factors, backend=backend)) for p, v in grads.items()]
 
     return Part(sqnorms, weigh, sum(v.numel() * v.element_size() for v in grads.values()))
+
+
+def split_views(t: Tensor, views: int) -> Tensor:
+    """[B V, ...] -> [B, V, ...], without a copy where the strides allow it."""
+    return t.reshape(t.shape[0] // views, views, *t.shape[1:])
+
+
+def sum_views(t: Tensor, views: int) -> Tensor:
+    """[B V, ...] -> [B, ...], summed in at least float32."""
+    return t if views == 1 else split_views(t, views).sum(1, dtype=reference.wide_dtype(t.dtype))
 
 
 def as_gradient(p: nn.Parameter, total: Tensor) -> tuple[nn.Parameter, Tensor]:

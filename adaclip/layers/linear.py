@@ -15,6 +15,7 @@ from adaclip.layers.base import (
     lowered,
     part_from_samples,
     rounding_bound,
+    split_views,
 )
 from adaclip.layers.tape import Use
 
@@ -38,6 +39,9 @@ class LinearLayer(Layer):
         operands = lowered(input, self.module.weight, self.module.bias)
         return torch.ops.adaclip.linear(*operands, *self.slot.call_args())
 
+    def _fold(self, use: Use, views: int) -> Use:
+        return Use([split_views(t, views) for t in use.tensors], use.forward)
+
     def merge(self, uses: list[Use]) -> Use | None:
         # Two uses of one weight are two stretches of one sequence.
         if len(uses) == 1:
@@ -53,7 +57,7 @@ class LinearLayer(Layer):
         norms = ops.linear_sample_norms(a, g, bias=bias in wanted, backend=self.backend)
         sqnorms, kept, rows = norms.sqnorms, norms.kept, norms.bias
         if kept is None and a.shape[1] > 1:
-            terms = reference.roundings(a.shape[1])
+            terms = reference.linear_roundings(a.shape[1])
             sqnorms = rounding_bound(sqnorms, norms.magnitudes, terms, reference.wide_dtype(g.dtype))
         if rows is not None:
             sqnorms = sqnorms + ops.row_sqnorms(rows, backend=self.backend)
@@ -89,6 +93,9 @@ class EmbeddingLayer(Layer):
                 f"input of {self.name or 'Embedding'} must be [B, ...], got {tuple(input.shape)}"
             )
         return torch.ops.adaclip.embedding(input, self.module.weight, *self.slot.call_args())
+
+    def _fold(self, use: Use, views: int) -> Use:
+        return Use([split_views(t, views) for t in use.tensors], use.forward)
 
     def _flat(self, use: Use) -> tuple[Tensor, Tensor]:
         indices, g = use.tensors
