@@ -57,17 +57,19 @@ class LoaderBase:
         current: the physical batch yielded last, which the loop is processing now (also when workers are
             already preparing later ones). None before the first batch and after an epoch has ended. It
             survives a ``break``, so that ``x, y = next(iter(loader))`` can be followed by a step.
+        on_batch: called with what `current` becomes, before the loop gets the batch.
     """
 
     def __init__(self) -> None:
         self.current: BatchInfo | None = None
+        self.on_batch: Callable[[BatchInfo | None], None] | None = None
         self._step = 0
         self._epoch = 0
         self._iteration = 0
 
     def _begin(self) -> int:
         """Start a new iteration, which ends any other, and return its ticket."""
-        self.current = None
+        self._announce(None)
         self._iteration += 1
         return self._iteration
 
@@ -82,7 +84,12 @@ class LoaderBase:
     def _publish(self, info: BatchInfo) -> None:
         self._step = info.step + 1
         self._epoch = info.epoch + 1
+        self._announce(info)
+
+    def _announce(self, info: BatchInfo | None) -> None:
         self.current = info
+        if self.on_batch is not None:
+            self.on_batch(info)
 
     def _load_counters(self, state: Mapping[str, Any]) -> None:
         # Forward only: going back would draw again from a keystream position that has been used.

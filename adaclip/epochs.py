@@ -118,7 +118,7 @@ class EpochLoader(LoaderBase):
                 total = max(real, self.pad_to or 1)
                 self._publish(BatchInfo(real, total, j == 0, j == count - 1, start + i, epoch, i == 0))
                 yield part if total == real else pad_rows(part, real, total)
-        self.current = None
+        self._announce(None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counters of steps and epochs."""

@@ -367,7 +367,7 @@ class PoissonLoader(LoaderBase):
             try:
                 part, batch, real = next(batches)
             except StopIteration:
-                self.current = None
+                self._announce(None)
                 return
             if len(part.indices) == 0:
                 batch, real = zero_rows(batch), 0
