@@ -107,6 +107,11 @@ class LabelGroups:
         self._allocate(setting.device)
 
     @property
+    def classes(self) -> int:
+        """L: labels are 0 … L-1."""
+        return len(self._classes)
+
+    @property
     def sensitivities(self) -> tuple[tuple[float, float], ...]:
         return ((1.0, self.sigma_s), (1.0, self.sigma_n))
 

@@ -180,10 +180,10 @@ class EveryLayerItsOwnC(PerLayerClipping):
 
     @property
     def max_grad_norm(self):
-        return self.thresholds[0]
+        return self.thresholds[0].item()
 
-    def noise_std(self, noise_multiplier):
-        return [noise_multiplier * c for c in self.thresholds]
+    def noise_scale(self):
+        return self.thresholds
 
 
 def test_a_norm_per_layer_noised_like_one_norm_is_flagged():
