@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         args = _parser().parse_args(argv)
+        # For reports that say which command made them.
+        args.argv = list(sys.argv[1:] if argv is None else argv)
     except SystemExit as stop:  # argparse has printed help, the version or the error
         return stop.code if isinstance(stop.code, int) else 2
     try:
@@ -52,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from adaclip.cli_audit import add_audit_parser
+    from adaclip.cli_compare import add_compare_parser
     from adaclip.cli_privacy import add_calibrate_parser, add_epsilon_parser
 
     parser = argparse.ArgumentParser(
@@ -60,12 +63,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"adaclip {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
+    add_compare_parser(commands)
     add_epsilon_parser(commands)
     add_calibrate_parser(commands)
     add_audit_parser(commands)
     _add_bench(commands)
     _add_doctor(commands)
-    for name in ("epsilon", "calibrate", "audit"):
+    for name in ("compare", "epsilon", "calibrate", "audit"):
         command = commands.choices[name]
         command.set_defaults(run=_guarded(command.get_default("run")))
     return parser

@@ -73,9 +73,10 @@ SCHEMES: dict[str, Scheme] = {
     "dp-nadam": Scheme("DP-Nadam, fixed C", {**_PLAIN, **_adam("nadam", 2e-3)}),
     "auto-s": Scheme("automatic clipping (AUTO-S), SGD", {**_PLAIN, **_SGD, "clipping": "automatic"}),
     "psac": Scheme("DP-PSAC, SGD", {**_PLAIN, **_SGD, "clipping": "psac"}),
-    "dc-sgd": Scheme("DC-SGD, C by percentile, SGD", {**_PLAIN, **_SGD, "clipping": "dc_sgd"}),
+    # C grows to the size of the gradients, and the step with it: a smaller rate than at C = 1.
+    "dc-sgd": Scheme("DC-SGD, C by percentile, SGD", {**_PLAIN, **_SGD, "lr": 0.3, "clipping": "dc_sgd"}),
     "dc-sgd-error": Scheme(
-        "DC-SGD, C by expected error, SGD", {**_PLAIN, **_SGD, "clipping": "dc_sgd_error"}
+        "DC-SGD, C by expected error, SGD", {**_PLAIN, **_SGD, "lr": 0.3, "clipping": "dc_sgd_error"}
     ),
     "per-layer": Scheme("a fixed C for every layer, SGD", {**_PLAIN, **_SGD, "clipping": "per_layer"}),
     # Nothing is clipped at such a norm and no noise is drawn: ordinary SGD on Poisson batches, ε infinite.

@@ -23,6 +23,7 @@ from adaclip.assembly import (
     learning_rate,
     load_data,
     pick_device,
+    privacy_options,
 )
 from adaclip.augment import augment
 from adaclip.diagnostics import Diagnostics
@@ -108,7 +109,7 @@ class Training:
     ):
         self.config, self.folder, self.notes = config, folder, []
         self.split = "validation" if config.validation else "test"
-        self.step, self.finished = 0, False
+        self.step, self.finished, self._private = 0, False, private_diagnostics
         self._seconds = self._training_seconds = 0.0
         self._evaluated_at: int | None = None
         if config.threads is not None:
@@ -134,7 +135,7 @@ class Training:
         self.average = moving_average(self.model, config.ema) if config.ema else None
         self._make_private(None if saved is None else saved["run"])
         self._test = tuple(t.to(self.device) for t in (self.data.test_images, self.data.test_labels))
-        self._diagnostics = Diagnostics(self.folder) if private_diagnostics else None
+        self._diagnostics = Diagnostics(self.folder) if self._private else None
         if config.delta >= 1 / self.size:
             self.notes.append(
                 f"warning: delta {config.delta:g} is not below 1/N = {1 / self.size:.2g}: a mechanism that "
@@ -158,9 +159,8 @@ class Training:
                 batch_size=config.batch_size,
                 shuffle=True,
             ),
-            "max_grad_norm": config.max_grad_norm,
-            "clipping": config.clipping,
             "max_batch_size": config.max_batch_size,
+            **privacy_options(config, self.data, self.total, diagnostics=self._private),
         }
         self.engine = PrivacyEngine(accountant=config.accountant, adjacency=config.adjacency)
         if saved is not None:
@@ -181,6 +181,8 @@ class Training:
         else:
             made = self.engine.make_private(noise_multiplier=config.noise_multiplier, **options)
         _, self.optimizer, self.loader = made
+        self._used_norms = self.optimizer.clipping.thresholds.clone()
+        self._groups = None if config.groups == "off" else self.optimizer.groups
 
     def _restore(self) -> None:
         extra = self.engine.load_checkpoint(
@@ -258,16 +260,22 @@ class Training:
         loss = cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
         loss.backward()
         if info.rows and (self._reporter.wants_batches or self._diagnostics):
+            rows = info.rows * self.config.views
             with torch.no_grad():
-                losses = cross_entropy(logits[: info.rows], labels[: info.rows], reduction="none")
-                correct = logits[: info.rows].argmax(1) == labels[: info.rows]
+                losses = cross_entropy(logits[:rows], labels[:rows], reduction="none")
+                correct = (logits[:rows].argmax(1) == labels[:rows]).float()
+                # A sample's views lie one behind the other.
+                losses, correct = (each.view(info.rows, -1).mean(1) for each in (losses, correct))
             if self._reporter.wants_batches:
-                self._reporter.batch(float(losses.mean()), float(correct.float().mean()))
+                self._reporter.batch(float(losses.mean()), float(correct.mean()))
             if self._diagnostics:
                 self._diagnostics.add(losses, correct, self.optimizer.sample_norms)
 
     def _release(self) -> bool:
         """Step the optimizer; False, with nothing changed, if the privacy budget is spent."""
+        if self.loader.current.last:
+            # The step changes them where they adapt; a copy stays on the device.
+            self._used_norms = self.optimizer.clipping.thresholds.clone()
         try:
             self.optimizer.step()
         except PrivacyBudgetExceeded as reason:
@@ -278,8 +286,13 @@ class Training:
             if self.average is not None:
                 self.average.update_parameters(self.model)
             if self._diagnostics:
-                norm = self.optimizer.max_grad_norm if self.config.clipping == "flat" else None
-                self._diagnostics.write(self.step, norm, self.optimizer.non_finite_samples)
+                flat = self.optimizer.clipping.rule.kind == "threshold" and len(self._used_norms) == 1
+                self._diagnostics.write(
+                    self.step,
+                    self._used_norm() if flat else None,
+                    self.optimizer.non_finite_samples,
+                    None if self._groups is None else self._groups.private,
+                )
         return True
 
     def _clock(self, started: float) -> None:
@@ -287,6 +300,10 @@ class Training:
         self._seconds += seconds
         self._training_seconds += seconds
         self._reporter.step(self.step, self._epsilon, self._rate())
+
+    def _used_norm(self) -> float:
+        """The norm that a sample's whole gradient was clipped to in the last step."""
+        return float(self._used_norms.square().sum().sqrt())
 
     def _epsilon(self) -> float:
         return self.engine.get_epsilon(self.config.delta)
@@ -312,11 +329,15 @@ class Training:
             "epsilon": self._epsilon(),
             "delta": self.config.delta,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "max_grad_norm": self.optimizer.max_grad_norm,
+            "max_grad_norm": self._used_norm(),
             "noise_multiplier": self.optimizer.noise_multiplier,
+            "gradient_noise_multiplier": self.optimizer.gradient_noise_multiplier,
             "seconds": self._seconds,
             "images_per_second": self._rate(),
         }
+        if self._groups is not None and self._groups.released:
+            released = self._groups.released
+            row |= {"selected_group": released["selected"], "group_ratios": released["ratios"].tolist()}
         self.folder.append_metrics(row)
         self._evaluated_at = self.step
         self._reporter.evaluation(row, self.split, self.total)
@@ -341,12 +362,13 @@ class Training:
             run={
                 "dataset_size": self.size,
                 "evaluated_on": {"split": self.split, "size": len(self.data.test_labels)},
+                "duplicates_removed": self.data.duplicates_removed,
                 "classes": self.data.classes,
                 "image_shape": list(self.data.train_images.shape[1:]),
                 "steps": self.total,
                 "expected_batch_size": self.loader.expected_batch_size,
                 "sample_rate": self.sample_rate,
-                "noise_multiplier": self.optimizer.noise_multiplier,
+                "noise_multiplier": self.optimizer.base_noise_multiplier,
                 "max_grad_norm": self.optimizer.max_grad_norm,
                 "learning_rate": self.config.learning_rate,
                 "trained_parameters": sum(p.numel() for p in self.optimizer.trained()),

@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING
 from importlib import resources
 from pathlib import Path
@@ -27,11 +27,13 @@ else:
 __all__ = [
     "Tables",
     "add_flags",
+    "as_flags",
     "flags_given",
     "overlay",
     "read_tables",
     "resolve",
     "resume_with",
+    "setting_of",
     "write_tables",
 ]
 
@@ -55,9 +57,11 @@ class Tables(NamedTuple):
 # --- flags ----------------------------------------------------------------------------------------------
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for every setting. Flags that are not given leave no trace in the namespace."""
+def add_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
+    """Add a flag for every setting not in `without`. Flags that are not given leave no trace in the namespace."""
     for name, spec in _FIELDS.items():
+        if name in without:
+            continue
         meta = spec.metadata
         options: dict[str, Any] = {"help": meta["help"], "default": argparse.SUPPRESS, "dest": name}
         if meta["kind"] is bool:
@@ -96,15 +100,41 @@ def flags_given(namespace: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(namespace).items() if name in _FIELDS}
 
 
+def as_flags(settings: Mapping[str, Any]) -> list[str]:
+    """The command line's flags that give these settings; those that are None are left out."""
+    words: list[str] = []
+    for name, value in settings.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, Mapping):
+            words += [f"{flag}={key}={json.dumps(item)}" for key, item in value.items()]
+        elif value is not None:
+            words.append(f"{flag}={value}")
+    return words
+
+
+def setting_of(name: str, text: str) -> Any:
+    """The value of a setting, from text. Raises ValueError for an unknown setting, or text of another kind."""
+    if name not in _FIELDS:
+        raise ValueError(f"unknown setting {name!r}; known are {', '.join(_FIELDS)}")
+    kind = _FIELDS[name].metadata["kind"]
+    try:
+        value = text if kind is str else json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{name} must be {_KINDS[kind]}, got {text!r}") from error
+    return _checked({name: value}, "the command line")[name]
+
+
 # --- files and precedence -------------------------------------------------------------------------------
 
 
-def resolve(flags: Mapping[str, Any], config: str | Path | None = None) -> TrainConfig:
+def resolve(flags: Mapping[str, Any], config: str | Path | Tables | None = None) -> TrainConfig:
     """The checked settings of a new run.
 
     Args:
         flags: settings by name, the last word.
-        config: a TOML file with a [train] table, [scheme.NAME] tables, or both.
+        config: a TOML file with a [train] table, [scheme.NAME] tables, or both; or what `read_tables` made of one.
 
     A source that sets one of an exclusive pair (epsilon | noise_multiplier, epochs | steps) overrides the
     other; one that changes the model or the optimizer drops what lower sources set for another one (model
@@ -116,17 +146,20 @@ def resolve(flags: Mapping[str, Any], config: str | Path | None = None) -> Train
         ValueError: an unknown key, a value of the wrong type or out of range, an unreadable file, an unknown
         data set. OSError: the file cannot be read.
     """
-    given = Tables({}, {}) if config is None else read_tables(Path(config))
+    given = config if isinstance(config, Tables) else Tables({}, {})
+    if isinstance(config, str | Path):
+        given = read_tables(Path(config))
+    named = str(config) if isinstance(config, str | Path) else "the recipe"
     dataset = flags.get("dataset", given.train.get("dataset", TrainConfig.dataset))
     shipped = _shipped(dataset)
-    sources = [("the data set's config", shipped.train), (str(config), given.train), ("flags", flags)]
+    sources = [("the data set's config", shipped.train), (named, given.train), ("flags", flags)]
     naming = [at for at, (_, layer) in enumerate(sources) if layer.get("scheme") is not None]
     merged: dict[str, Any] = {}
     for at, (source, layer) in enumerate(sources):
         if naming and at == naming[-1]:
             for name in chain(layer["scheme"]):
                 merged = overlay(merged, SCHEMES[name].settings, f"scheme {name}")
-                for origin, tables in (("the data set's config", shipped), (str(config), given)):
+                for origin, tables in (("the data set's config", shipped), (named, given)):
                     merged = overlay(merged, tables.schemes.get(name, {}), f"[scheme.{name}] of {origin}")
         merged = overlay(merged, layer, source)
     return TrainConfig(**merged).check()
@@ -246,9 +279,12 @@ def _checked(table: Mapping[str, Any], source: str) -> dict[str, Any]:
         kind, choices = _FIELDS[name].metadata["kind"], _FIELDS[name].metadata["choices"]
         if kind is float and type(value) is int:
             value = float(value)
-        if value is not None and type(value) is not kind:
+        if value is None and _FIELDS[name].default is None:
+            checked[name] = None
+            continue
+        if type(value) is not kind:
             raise ValueError(f"{name} in {source} must be {_KINDS[kind]}, got {value!r}")
-        if choices and value is not None and value not in choices:
+        if choices and value not in choices:
             raise ValueError(f"{name} in {source} must be one of {', '.join(choices)}, got {value!r}")
         checked[name] = value
     return checked
