@@ -99,8 +99,8 @@ class NoiseSignal:
         self._steps = 0
         self._average: float | None = None
         self._best = -math.inf
-        # Variance of the noise in each element of a parameter's momentum: 0-dimensional float64.
-        self._variance: dict[Tensor, Tensor] = {}
+        # Variance of the noise in each element of a parameter's momentum; 0-dimensional where stds are on a device.
+        self._variance: dict[Tensor, float | Tensor] = {}
         if smoothing.signal != "always":
             for group in optimizer.param_groups:
                 self._coefficients(group)
@@ -125,14 +125,15 @@ class NoiseSignal:
             return
         groups = {p: group for group in self._optimizer.param_groups for p in group["params"]}
         params = list(params)
+        if isinstance(stds, Tensor) and stds.device.type == "cpu":
+            stds = stds.tolist()
         for p, std in zip(params, stds, strict=True):
             decay, keep, first_keep = self._coefficients(groups[p])
             variance = self._variance.get(p)
-            square = torch.as_tensor(std, dtype=torch.float64) ** 2
             if variance is None:
-                self._variance[p] = first_keep**2 * square
+                self._variance[p] = (first_keep * std) ** 2
             else:
-                self._variance[p] = variance * decay**2 + keep**2 * square
+                self._variance[p] = variance * decay**2 + (keep * std) ** 2
         self._steps += 1
         if self._steps % self.smoothing.every == 0:
             self._look(params)
@@ -142,7 +143,7 @@ class NoiseSignal:
         power = sum(torch.linalg.vector_norm(m).double() ** 2 for p, m in momenta if m is not None)
         noise = sum(p.numel() * self._variance[p] for p in params)
         # Without noise: infinite, or not a number if there is no momentum either; then nothing is smoothed.
-        ratio = float(power / noise - 1) if params else math.nan
+        ratio = float(torch.as_tensor(power, dtype=torch.float64) / noise - 1) if params else math.nan
         if self._average is None or not math.isfinite(self._average):
             self._average = ratio
         else:
@@ -169,15 +170,14 @@ class NoiseSignal:
         )
 
     def state_dict(self, params: Iterable[Tensor]) -> dict[str, Any]:
-        variances = [self._variance.get(p) for p in params]
         return {
             "steps": self._steps,
             "average": self._average,
             "best": self._best,
-            "variances": [None if v is None else v.detach().clone() for v in variances],
+            "variances": [self._variance.get(p) for p in params],
         }
 
     def load_state_dict(self, params: Iterable[Tensor], state: dict[str, Any]) -> None:
         self._steps, self._average, self._best = state["steps"], state["average"], state["best"]
         pairs = zip(params, state["variances"], strict=True)
-        self._variance = {p: v.clone() for p, v in pairs if v is not None}
+        self._variance = {p: v for p, v in pairs if v is not None}
