@@ -15,7 +15,7 @@ from adaclip.batches import LoaderBase
 from adaclip.budget import Budget
 from adaclip.optimizer import DPOptimizer
 
-__all__ = ["VERSION", "check", "collect", "load", "restore", "save"]
+__all__ = ["VERSION", "adopt", "check", "collect", "load", "restore", "save"]
 
 VERSION = 3
 
@@ -119,6 +119,16 @@ def restore(state: dict[str, Any], module: nn.Module, optimizer: DPOptimizer, lo
     optimizer.load_state_dict(state["optimizer"])
     module.load_state_dict(state["module"])
     optimizer.releases = max(optimizer.releases, state["releases"])
+
+
+def adopt(accountant: Accountant, saved: Ledger) -> None:
+    """Book what the checkpoint's run spent; nothing that the accountant holds is ever forgotten."""
+    if accountant.ledger.after(saved) is not None:
+        # Loaded back into the run it came from: the steps since then were released all the same.
+        return
+    more = saved.after(accountant.ledger)
+    for event in saved.events if more is None else more:
+        accountant.add(*event)
 
 
 def _parts(optimizer: DPOptimizer) -> dict[str, Any]:

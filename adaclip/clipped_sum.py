@@ -32,6 +32,8 @@ class ClippedSum:
     batch: called for what the private loader says of the batch in hand; None without one.
     denominator: the public expected batch size, q N.
     groups, labels: the label groups, if any, and what is called for the labels of the batch in hand.
+    views: how many consecutive rows of the model are views of one sample. A sample's gradient is their
+      mean, which is what is clipped.
 
     Making one changes nothing; `reset` begins its work.
     """
@@ -49,6 +51,7 @@ class ClippedSum:
         backend: str,
         groups: LabelGroups | None = None,
         labels: Callable[[], Tensor | None] | None = None,
+        views: int = 1,
     ):
         self._layers = layers
         self._tape = tape
@@ -58,6 +61,7 @@ class ClippedSum:
         self._mean = loss_reduction == "mean"
         self._backend = backend
         self._labels = labels
+        self._views = views
         self.clipping = clipping
         self.groups = groups
         wanted = set(parameters())
@@ -161,8 +165,13 @@ class ClippedSum:
             raise RuntimeError(
                 f"the private loader handed out {info.padded_rows} rows ({info.rows} of them samples), but "
                 f"backward() has seen {self._rows_done}: every sample must come once, as one row along "
-                "dimension 0, from the batch the loader gave last (do not fetch batches ahead)"
+                f"dimension 0{self._and_views()}, from the batch the loader gave last (do not fetch batches ahead)"
             )
+
+    def _and_views(self) -> str:
+        return (
+            "" if self._views == 1 else f" for each of its {self._views} views (rows are counted in samples)"
+        )
 
     def _name_of(self, parameter: nn.Parameter) -> str:
         for layer in self._layers:
@@ -192,7 +201,7 @@ class ClippedSum:
             raise
 
     def _check_uses(self, used: list[Layer]) -> int:
-        """The number of samples of this backward."""
+        """The number of samples of this backward, each with all of its views."""
         # Compiled regions and calls outside the whole model's forward carry no number; for them, and
         # behind this check, the rows are counted.
         forwards = {use.forward for layer in used for use in layer.slot.uses} - {0}
@@ -214,7 +223,12 @@ class ClippedSum:
                 "every layer must see the samples along dimension 0, but they see different numbers of rows: "
                 + ", ".join(f"{n} in {name or 'the model'}" for n, name in sorted(sizes.items()))
             )
-        return next(iter(sizes))
+        samples, rest = divmod(next(iter(sizes)), self._views)
+        if rest:
+            raise RuntimeError(
+                f"backward() has seen {next(iter(sizes))} rows, which must be {self._views} views of every sample"
+            )
+        return samples
 
     def _check_batch(self, rows: int) -> None:
         info = self._batch()
@@ -253,8 +267,8 @@ class ClippedSum:
         sqnorms = torch.zeros(self._groups, rows, dtype=torch.float64, device=device)
         for k, part in parts:
             sqnorms[k] += part.sqnorms
-        # A mean loss hands out g/B: undo it before clipping.
-        unit = float(rows) if self._mean else 1.0
+        # A mean loss hands out g/(B V) for each of a sample's V views, and the mean over views is wanted.
+        unit = float(rows) if self._mean else 1.0 / self._views
         thresholds = self.clipping.thresholds
         outputs = self.statistics.outputs()
         weights = None
@@ -304,17 +318,19 @@ class ClippedSum:
         for layer in used:
             mine = wanted.intersection(layer.trainable())
             groups = {self.group_of(p) for p in mine}
-            whole = layer.merge(layer.slot.uses)
+            # One after the other: the same uses with views as positions take memory of their own.
+            uses = [layer.fold(use, self._views) for use in layer.slot.uses]
+            layer.slot.uses.clear()
+            whole = layer.merge(uses)
             if whole is not None and len(groups) == 1 and all(owners[p] == 1 for p in mine):
                 parts.append((groups.pop(), layer.measure(whole, mine)))
             elif mine:
                 # Used twice, or shared: the sample's gradient is the sum over uses, and the norm of a
                 # sum needs the summands themselves.
-                for use in layer.slot.uses:
+                for use in uses:
                     for p, grads in layer.sample_grads(use, mine).items():
                         loose[p] = loose[p] + grads if p in loose else grads
-            layer.slot.uses.clear()
-            del whole
+            del uses, whole
         for p, grads in loose.items():
             parts.append((self.group_of(p), part_from_samples({p: grads}, self._backend)))
         return parts

@@ -6,6 +6,7 @@ import copy
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from adaclip import checkpoint
-from adaclip.accounting import Accountant, Ledger, SubsampledGaussian, create_accountant
+from adaclip.accounting import Accountant, SubsampledGaussian, create_accountant
 from adaclip.arguments import check_model, check_optimizer, check_options, check_single_process
 from adaclip.batches import BatchInfo
 from adaclip.budget import Budget
@@ -195,9 +196,13 @@ class PrivacyEngine:
         for layer in layers:
             layer.attach()
         # Made last: the root may be a layer itself, and then counts around its adapter.
-        root = RootForward(module, tape)
+        root = RootForward(module, tape, nullcontext if point is None else point.away)
         root.attach()
         self._replaced = [root, *layers]
+        if point is not None:
+            point.attach(module)
+            optimizer = self._optimizer
+            loader.on_batch = lambda info: point.leave() if info is None else point.enter(optimizer.releases)
         return module, self._optimizer, loader
 
     def make_private_with_epsilon(
@@ -299,6 +304,9 @@ class PrivacyEngine:
             raise ValueError("module must be the one given to make_private")
         for replaced in self._replaced:
             replaced.detach()
+        if self._optimizer.smoothing is not None:
+            self._loader.on_batch = None
+            self._optimizer.smoothing.detach()
         self._optimizer._sum.reset()
         for p in self._module.parameters():
             p.grad = None
@@ -370,19 +378,10 @@ class PrivacyEngine:
         # The sum in hand was clipped to other thresholds, and its parameters are about to change.
         optimizer._sum.reset()
         checkpoint.restore(state, module, optimizer, self._loader)
-        self._adopt(ledger)
+        checkpoint.adopt(self.accountant, ledger)
         if self._budget is None:
             self._budget = budget
         return state["extra"]
-
-    def _adopt(self, saved: Ledger) -> None:
-        """Book what the checkpoint spent; nothing this engine has spent is ever forgotten."""
-        if self.accountant.ledger.after(saved) is not None:
-            # Loaded back into the run it came from: the steps since then were released all the same.
-            return
-        more = saved.after(self.accountant.ledger)
-        for event in saved.events if more is None else more:
-            self.accountant.add(*event)
 
     # --- checks ------------------------------------------------------------------------------------
 

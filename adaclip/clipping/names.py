@@ -18,6 +18,7 @@ __all__ = ["make_clipping"]
 _STRATEGIES: dict[str, Callable[..., Clipping]] = {
     "flat": FlatClipping,
     "per_layer": PerLayerClipping,
+    "per_layer_adaptive": partial(PerLayerClipping, quantile=0.5),
     "adaptive": AdaptiveClipping,
     "automatic": AutomaticClipping,
     "psac": PSACClipping,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -88,16 +89,26 @@ def _itself(forward: Callable):
 
 
 class RootForward(ReplacedForward):
-    """Counts the forward passes of the whole model, so that each is known to get one backward."""
+    """Counts the forward passes of the whole model, so that each is known to get one backward.
 
-    def __init__(self, module: nn.Module, tape: Tape):
+    away: a context for forward passes of evaluation, which are of the parameters themselves even where
+      gradients are taken at another point.
+    """
+
+    def __init__(
+        self, module: nn.Module, tape: Tape, away: Callable[[], AbstractContextManager] = nullcontext
+    ):
         super().__init__(module)
         self.tape = tape
+        self.away = away
 
     def __call__(self, *args, **kwargs):
         # Not while compiling: a changing number would recompile the model at every step.
-        if torch.compiler.is_compiling() or not (self.module.training and torch.is_grad_enabled()):
+        if torch.compiler.is_compiling():
             return self.original(*args, **kwargs)
+        if not (self.module.training and torch.is_grad_enabled()):
+            with self.away():
+                return self.original(*args, **kwargs)
         self.tape.forwards += 1
         self.tape.current = self.tape.forwards
         try:
