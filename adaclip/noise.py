@@ -37,11 +37,12 @@ STREAM_STATISTICS = 2
 STREAM_SMOOTHING = 3
 """Perturbation of the weights that gradients are taken at."""
 STREAM_VIEWS = 4
-"""Seeds of the random views of examples."""
+"""Random views of examples."""
 STREAM_USER = 1 << 16
 """Streams from here on are never used by the library."""
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
+_TWISTER_WORDS = 624
 _MAX_DRAWS = 1 << 35  # 2^32 blocks of eight 64-bit draws
 
 
@@ -183,6 +184,34 @@ class NoiseSource:
             raise ValueError(f"q must be in [0, 1], got {q!r}")
         step, stream = address(step, stream)
         return _core.bernoulli(self._key, step, stream, int(n), float(q), torch.get_num_threads())
+
+    def generator(self, step: int, stream: int) -> torch.Generator:
+        """A CPU generator for one address, for code that draws its numbers from a ``torch.Generator``.
+
+        Args:
+            step: 0 to 2^64 - 1.
+            stream: 0 to 2^32 - 1.
+
+        All 624 words of the Mersenne Twister's state come from the keystream. Torch seeds it from 32 bits, which
+        someone who knows the code could try one after the other.
+
+        Raises:
+            RuntimeError: this torch keeps the state of its generator in another form.
+        """
+        step, stream = address(step, stream)
+        blocks = [_core.chacha20_block(self._key, i, step, stream) for i in range(_TWISTER_WORDS // 16)]
+        generator = torch.Generator().manual_seed(_TWISTER_WORDS)
+        state = generator.get_state().numpy().copy().view(np.uint64)
+        # The seed, flags, the position, then the words, the first of which is the seed.
+        words = state[3 : 3 + _TWISTER_WORDS]
+        if len(words) != _TWISTER_WORDS or words[0] != _TWISTER_WORDS or state[0] != _TWISTER_WORDS:
+            raise RuntimeError(
+                f"torch {torch.__version__} keeps its CPU generator's state in an unknown form"
+            )
+        state[0] = 0
+        words[:] = np.array(blocks, dtype=np.uint64).ravel()
+        generator.set_state(torch.from_numpy(state.view(np.uint8)))
+        return generator
 
 
 def _key_bytes(key: bytes | int | torch.Generator | None) -> bytes:
