@@ -101,15 +101,22 @@ def calibrate_schedule(
     factors = [schedule(t) for t in range(steps)]
     # All of the noise at least, and at most, that of the even run; the bounds' own tolerance aside.
     good, bad = even / min(factors), even / max(factors)
-    reached = epsilon(good)
+    reached, missed = epsilon(good), epsilon(bad)
     while reached > target_epsilon:
         good *= 1.01
         reached = epsilon(good)
+    tries = 0
     while good > bad * (1 + _WIDTH) and reached < target_epsilon * (1 - _TOLERANCE):
-        middle = (good * bad) ** 0.5
+        tries += 1
+        middle = math.sqrt(good * bad)
+        if tries % 4 and 0 < reached < missed < math.inf:
+            # log epsilon is nearly a straight line in log sigma; every fourth time the bracket is halved.
+            slope = math.log(good / bad) / math.log(reached / missed)
+            guess = good * (target_epsilon * (1 - _TOLERANCE / 2) / reached) ** slope
+            middle = guess if bad < guess < good else middle
         value = epsilon(middle)
         if value <= target_epsilon:
             good, reached = middle, value
         else:
-            bad = middle
+            bad, missed = middle, value
     return good
