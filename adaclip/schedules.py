@@ -51,8 +51,10 @@ class _Ramp(Schedule):
     def __call__(self, t: int) -> float:
         done = min(_count(t, "t", 0) / self.steps, 1.0)
         # The ends exactly, and nothing beyond them by rounding.
+        if done in (0.0, 1.0):
+            return self.end if done else self.start
         low, high = sorted((self.start, self.end))
-        return self.end if done == 1.0 else min(max(self._at(done), low), high)
+        return min(max(self._at(done), low), high)
 
     @abstractmethod
     def _at(self, done: float) -> float:
