@@ -55,10 +55,9 @@ def augment(images: Tensor, kind: str, generator: torch.Generator, views: int = 
     if "flip" in kind:
         flipped = torch.randint(2, (count, 1), generator=generator).bool()
         columns = torch.where(flipped, columns.flip(1), columns)
-    rows, columns = rows.to(images.device), columns.to(images.device)
-    at = torch.arange(count, device=images.device).div(views, rounding_mode="floor")[:, None, None]
-    # Indexing around the channel dimension puts it last.
-    return images[at, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    positions = (rows[:, :, None] * width + columns[:, None, :]).reshape(count, 1, -1).to(images.device)
+    flat = images.flatten(2).repeat_interleave(views, dim=0) if views > 1 else images.flatten(2)
+    return flat.gather(2, positions.expand(-1, images.shape[1], -1)).reshape(count, *images.shape[1:])
 
 
 def _sources(count: int, side: int, kind: str, generator: torch.Generator) -> Tensor:
