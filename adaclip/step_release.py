@@ -106,6 +106,8 @@ class Statistics:
         stds = [std for part in self.parts for std in part.stds()]
         self.sums = torch.zeros(len(stds), dtype=torch.float64, device=device)
         self._stds = torch.tensor(stds, dtype=torch.float64, device=device)
+        # A power of two, 64 to 128 of them to a standard deviation.
+        self._grid = torch.exp2(self._stds.log2().floor() - 6)
         widths = [part.width for part in self.parts]
         if sum(widths) != len(stds):
             raise ValueError(
@@ -132,13 +134,15 @@ class Statistics:
     def release(self, source: NoiseSource, t: int) -> None:
         """Release number t: noisy sums to the parts, which take them in; then the sums start anew.
 
-        Noise is drawn for every entry, in the order of the sums, also for an empty batch.
+        Noise is drawn for every entry, in the order of the sums, also for an empty batch. What is released is
+        rounded to a grid: noise is made of float32 normals, so the last digits of a float64 sum would tell which
+        sums are possible at all, and which are not (Mironov 2012, the significance of least significant bits).
         """
         if not self.parts:
             return
         noise = torch.empty_like(self.sums)
         source.normal_(noise, t, STREAM_STATISTICS)
-        noisy = noise.mul_(self._stds).add_(self.sums)
+        noisy = noise.mul_(self._stds).add_(self.sums).div_(self._grid).round_().mul_(self._grid)
         for part, released in zip(self.parts, noisy.split([part.width for part in self.parts]), strict=True):
             part.absorb(released, t)
         self.clear()

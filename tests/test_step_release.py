@@ -99,6 +99,9 @@ def test_statistics_are_released_with_every_parts_own_noise():
     statistics.release(source, 7)
     z = source.normal_(torch.empty(3, dtype=torch.float64), 7, STREAM_STATISTICS)
     expected = torch.tensor([10.0, 20.0, 30.0], dtype=torch.float64) + z * torch.tensor([2.0, 3.0, 5.0])
+    # The last digits, which noise of float32 normals does not cover, are not released.
+    grid = torch.tensor([2.0, 2.0, 4.0]) / 64
+    expected = (expected / grid).round() * grid
     (t, first), (_, second) = sides[0].absorbed[0], sides[1].absorbed[0]
     assert t == 7
     assert torch.equal(torch.cat([first, second]), expected)
