@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,8 +14,9 @@ from torch.utils.data import DataLoader
 
 from adaclip import checkpoint
 from adaclip.accounting import Accountant, SubsampledGaussian, create_accountant
-from adaclip.arguments import check_model, check_optimizer, check_options, check_single_process
-from adaclip.batches import BatchInfo
+from adaclip.arguments import check_model, check_optimizer, check_options, check_single_process, make_loader
+from adaclip.augment import Augmentation
+from adaclip.batches import BatchInfo, class_labels
 from adaclip.budget import Budget
 from adaclip.clipped_sum import ClippedSum
 from adaclip.clipping import Clipping, make_clipping
@@ -83,7 +83,10 @@ class PrivacyEngine:
         clipping: str | Clipping = "flat",
         noise_schedule: Schedule | None = None,
         groups: LabelGroups | None = None,
+        labels: Callable[[Any], torch.Tensor] | None = None,
         smoothing: SmoothedLoss | None = None,
+        views_per_sample: int = 1,
+        augmentation: Augmentation | None = None,
         max_batch_size: int | None = None,
         pad_to: int | str | None = None,
         backend: str = "auto",
@@ -110,7 +113,11 @@ class PrivacyEngine:
               schedule(t), and is booked with it. For Poisson batches only.
             groups: label groups, whose noisy statistics every step releases (`adaclip.groups`; copied:
               `optimizer.groups`).
+            labels: for groups: a batch -> its labels, int64, one an example; None: the second element of it.
             smoothing: take gradients at randomly moved weights (`adaclip.smoothing`); costs no privacy.
+            views_per_sample: V: the loader yields each example as V rows, one after the other, and what is
+              clipped is the mean of their gradients. A row for each view, in the loader's order.
+            augmentation: what is done to the images of each view, a name or a function (`adaclip.augment`).
             max_batch_size: split logical batches into physical ones of at most so many rows; the loop
               stays as it is, `step` and `zero_grad` act on the last one only.
             pad_to: fill physical batches with zero-weight rows to this size ("auto": the largest that
@@ -133,6 +140,7 @@ class PrivacyEngine:
             noise_schedule=noise_schedule,
             poisson_sampling=poisson_sampling,
             groups=groups,
+            labels=labels,
             backend=backend,
             loss_reduction=loss_reduction,
         )
@@ -141,22 +149,18 @@ class PrivacyEngine:
         check_optimizer(module, optimizer)
         strategy = make_clipping(clipping, max_grad_norm)
         source = NoiseSource(noise_generator)
-        if isinstance(data_loader, (PoissonLoader, EpochLoader)):
-            raise TypeError("data_loader must be an ordinary DataLoader, got one that is private already")
-        loader: PoissonLoader | EpochLoader
-        if poisson_sampling:
-            loader = PoissonLoader.from_data_loader(
-                data_loader, max_batch_size=max_batch_size, pad_to=pad_to, source=source
-            )
-        else:
-            loader = EpochLoader(data_loader, max_batch_size=max_batch_size, pad_to=pad_to)
+        loader = make_loader(
+            data_loader,
+            poisson_sampling,
+            max_batch_size=max_batch_size,
+            pad_to=pad_to,
+            views=views_per_sample,
+            augmentation=augmentation,
+            source=source,
+        )
+        if groups is not None:
+            loader.labels_of = class_labels if labels is None else labels
         accountant = self._accountant_for(poisson_sampling)
-        if not poisson_sampling:
-            warnings.warn(
-                "shuffled batches have no privacy amplification by sampling: every epoch costs as much as one "
-                "step on the whole data set. poisson_sampling=True cures it",
-                stacklevel=2,
-            )
 
         def batch() -> BatchInfo | None:
             return loader.current
@@ -178,6 +182,7 @@ class PrivacyEngine:
             backend=backend,
             groups=copy.deepcopy(groups),
             labels=lambda: loader.labels,
+            views=views_per_sample,
         )
         point = EvaluationPoint.needed(optimizer, smoothing, source)
         self._optimizer = DPOptimizer(
@@ -201,8 +206,7 @@ class PrivacyEngine:
         self._replaced = [root, *layers]
         if point is not None:
             point.attach(module)
-            optimizer = self._optimizer
-            loader.on_batch = lambda info: point.leave() if info is None else point.enter(optimizer.releases)
+            loader.on_batch = self._optimizer.note_batch
         return module, self._optimizer, loader
 
     def make_private_with_epsilon(
@@ -237,8 +241,7 @@ class PrivacyEngine:
         if "noise_multiplier" in options:
             raise TypeError("noise_multiplier must not be given: it is calibrated from target_epsilon")
         # Made once more in make_private: here for its checks, and for how it counts an epoch.
-        make = PoissonLoader.from_data_loader if poisson_sampling else EpochLoader
-        planned = make(data_loader)
+        planned = (PoissonLoader.from_data_loader if poisson_sampling else EpochLoader)(data_loader)
         sampling = "poisson" if poisson_sampling else "shuffled"
         releases = planned_releases(epochs, steps, len(planned), sampling)
         budget = Budget(target_epsilon, target_delta)

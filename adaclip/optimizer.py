@@ -178,6 +178,15 @@ class DPOptimizer(torch.optim.Optimizer):
         """The parameters that receive noise and updates, in the order the noise is drawn."""
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
 
+    def note_batch(self, info: BatchInfo | None) -> None:
+        """The loop gets that batch next, or has had its last one: be where its gradients are to be taken."""
+        if self._point is None:
+            return
+        if info is None:
+            self._point.leave()
+        else:
+            self._point.enter(self.releases)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the clipped sum, unless the batch in hand continues its logical batch."""
         info = self._batch()
