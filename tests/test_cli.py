@@ -20,7 +20,7 @@ PRIVATE_WORDS = (
     "train_loss",
     "train_accuracy",
     "rows",
-    "quantile",
+    "norm_quantiles",
     "clipped_fraction",
     "non_finite",
     "sample_norms",
