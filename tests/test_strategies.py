@@ -12,7 +12,13 @@ from adaclip.step_release import gradient_sigma
 
 C = 0.7
 WIDTH = 12
-PATHS = {"whole": {}, "micro-batches": {"max_batch_size": 4}, "padded": {"max_batch_size": 4, "pad_to": 4}}
+PATHS = {
+    "whole": {},
+    "micro-batches": {"max_batch_size": 4},
+    "padded": {"max_batch_size": 4, "pad_to": 4},
+    "views": {"views_per_sample": 4},
+    "views in micro-batches": {"views_per_sample": 4, "max_batch_size": 12},
+}
 
 
 def directions(n, seed=0):
@@ -36,11 +42,28 @@ EVERY_NORM = [10.0**e for e in range(-12, 13)] + [0.0]
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_the_clipped_sum_is_its_formula(name, path):
     rows = rows_of(EVERY_NORM)
-    options = {k: v for k, v in PATHS[path].items() if k != "pad_to"} | (
-        {"pad_to": 4} if path == "padded" else {}
-    )
-    made = one_step(rows, STRATEGIES[name](C), groups=groups(), **options)
+    made = one_step(rows, STRATEGIES[name](C), groups=groups(), **PATHS[path])
     torch.testing.assert_close(made.gradient, formula(rows, name, C), rtol=0, atol=C * len(rows) * 2.0**-20)
+
+
+def scattered(images, generator):
+    """Views of lengths 0 to 3 times the image's, drawn for each: an augmentation."""
+    shape = (len(images), *[1] * (images.dim() - 1))
+    return images * 3 * torch.rand(shape, generator=generator)
+
+
+@pytest.mark.parametrize("limit", [None, 12])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_views_are_averaged_and_then_clipped_once(name, limit):
+    rows = rows_of([10.0**e for e in range(-4, 5)])
+    options = {"views_per_sample": 4, "augmentation": scattered, "max_batch_size": limit}
+    made = one_step(rows, STRATEGIES[name](C), **options)
+    views = made.rows.double().reshape(len(rows), 4, WIDTH)
+    assert not torch.equal(views[:, 0], views[:, 1])
+    want = formula(views.mean(1), name, C)
+    torch.testing.assert_close(made.gradient, want, rtol=0, atol=C * len(rows) * 2.0**-20)
+    per_view = formula(views.flatten(0, 1), name, C) / 4
+    assert (per_view - want).norm() > 1e-3
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -106,7 +129,8 @@ def test_one_example_moves_nothing_by_more_than_declared(name, path):
         check_moved(name, without, joined, 1)
         if what in ("nan", "inf"):
             torch.testing.assert_close(joined.gradient, without.gradient, rtol=0, atol=C * 2.0**-20)
-            assert torch.equal(joined.statistics, without.statistics)
+            # A mean loss divides by another number of rows, which rounds the others' gradients differently.
+            torch.testing.assert_close(joined.statistics, without.statistics, rtol=1e-6, atol=0)
         if before is not None:
             check_moved(name, before, joined, 2)
         before = joined
@@ -184,11 +208,11 @@ def test_statistics_are_those_of_the_logical_batch_and_halves_add_up():
     for name in ("adaptive", "per_layer_adaptive", "dc_sgd"):
         whole = one_step(rows, STRATEGIES[name](C), groups=groups())
         pieces = one_step(rows, STRATEGIES[name](C), groups=groups(), max_batch_size=2)
-        torch.testing.assert_close(pieces.statistics, whole.statistics, rtol=1e-12, atol=0)
+        torch.testing.assert_close(pieces.statistics, whole.statistics, rtol=1e-7, atol=0)
         # As two ranks would have them: what each adds up over its own samples, added.
         left = one_step(rows[:6], STRATEGIES[name](C), groups=groups())
         right = one_step(rows[6:], STRATEGIES[name](C), groups=groups())
-        torch.testing.assert_close(left.statistics + right.statistics, whole.statistics, rtol=1e-12, atol=0)
+        torch.testing.assert_close(left.statistics + right.statistics, whole.statistics, rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
