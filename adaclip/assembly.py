@@ -136,10 +136,12 @@ def privacy_options(
 
     total: steps of the run; diagnostics: keep private statistics of the label groups for whoever may see the data.
     """
-    options: dict[str, Any] = {"clipping": build_clipping(config, total)}
-    schedule = _schedule("noise_schedule", config.noise_schedule, total)
-    if schedule is not None:
-        options["noise_schedule"] = schedule
+    options: dict[str, Any] = {
+        "clipping": build_clipping(config, total),
+        "noise_schedule": _schedule("noise_schedule", config.noise_schedule, total),
+        "views_per_sample": config.views,
+        "augmentation": config.augment,
+    }
     if config.groups != "off":
         options["groups"] = LabelGroups(
             config.groups,
@@ -150,6 +152,4 @@ def privacy_options(
         )
     if config.smoothing:
         options["smoothing"] = SmoothedLoss(config.smoothing, signal=config.smoothing_signal)
-    if config.views > 1:
-        options["views_per_sample"] = config.views
     return options

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import platform
-import secrets
 import time
 from typing import Any
 
@@ -25,7 +24,6 @@ from adaclip.assembly import (
     pick_device,
     privacy_options,
 )
-from adaclip.augment import augment
 from adaclip.diagnostics import Diagnostics
 from adaclip.engine import PrivacyEngine
 from adaclip.errors import PrivacyBudgetExceeded
@@ -81,7 +79,7 @@ class Training:
     """One run: everything is loaded and checked when the object exists, and `run` trains.
 
     `config.seed` decides the initial weights alone. torch's global generator is then seeded from the operating
-    system, for dropout, and so is the generator of the random views.
+    system, for dropout; random views are drawn from a key of the private loader's.
 
     Args:
         config: checked settings.
@@ -126,11 +124,11 @@ class Training:
         self.eval_every = config.eval_every or max(1, math.ceil(self.total / 10))
         torch.manual_seed(config.seed)
         self.model = build_model(config, self.data, self.device)
-        # The seed is in config.json, and views and dropout masks go by position in the batch: were they known,
-        # removing one example would change what every later row contributes. They are drawn anew by every
-        # process, and nothing of them is stored. (torch's CPU generator uses 32 bits of a seed, whatever is given.)
+        # The seed is in config.json, and dropout masks go by position in the batch: were they known, removing one
+        # example would change what every later row contributes. They are drawn anew by every process, and
+        # nothing of them is stored; so are the random views, from the loader's own key. (torch's CPU generator
+        # uses 32 bits of a seed, whatever is given.)
         torch.seed()
-        self._views = torch.Generator().manual_seed(secrets.randbits(64))
         # Copied before the engine attaches: the copy is an ordinary model.
         self.average = moving_average(self.model, config.ema) if config.ema else None
         self._make_private(None if saved is None else saved["run"])
@@ -253,7 +251,6 @@ class Training:
         if info.first:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.config, self.step, self.total)
-        images = augment(images, self.config.augment, self._views)
         self.optimizer.zero_grad()
         logits = self.model(self.data.normalize(images))
         # Smoothing moves every target alike, whatever the data: it costs no privacy.

@@ -89,7 +89,7 @@ class TrainConfig:
     floor: float | None = _setting(
         None,
         float,
-        "least divisor: of noise-nadam in standard deviations of the noise (default 1), of adambc absolute "
+        "of noise-nadam: least divisor in standard deviations of the noise (default 1); of adambc: least variance "
         "(default 1e-8)",
         metavar="KAPPA",
     )
@@ -172,8 +172,9 @@ class TrainConfig:
     augment: str = _setting(
         "none",
         str,
-        "random views of the training images, one per use",
-        choices=("none", "shift", "flip", "shift-flip"),
+        "random views of the training images: shifted by up to an eighth or cropped after padding by 4 pixels, "
+        "and mirrored",
+        choices=("none", "shift", "flip", "shift-flip", "crop", "crop-flip"),
     )
     label_smoothing: float = _setting(
         0.0,
