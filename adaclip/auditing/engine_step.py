@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from adaclip.auditing.step import Released
+from adaclip.clipping import DCSGDClipping
 from adaclip.engine import PrivacyEngine
 from adaclip.groups import LabelGroups
 
@@ -127,9 +128,13 @@ class EngineStep:
     def _side(self) -> dict[str, float]:
         """What the last step let out beside the gradient: the state that the next one starts from."""
         side = {}
-        if self.optimizer.clipping.side is not None:
-            for k, threshold in enumerate(self.optimizer.clipping.thresholds.tolist()):
+        clipping = self.optimizer.clipping
+        if clipping.side is not None:
+            for k, threshold in enumerate(clipping.thresholds.tolist()):
                 side[f"threshold {k} of the next step"] = threshold
+        if isinstance(clipping, DCSGDClipping):
+            for k, count in enumerate(clipping.histogram.tolist()):
+                side[f"bin {k} of the noisy histogram"] = count
         groups = self.optimizer.groups
         if groups is not None:
             side["the selected group"] = groups.selected

@@ -136,6 +136,11 @@ class DCSGDClipping(Clipping):
         """float64 [bins - 1]: the grid."""
         return self._edges.clone()
 
+    @property
+    def histogram(self) -> Tensor:
+        """float64 [bins]: the average of the released histograms, noise included: safe to publish."""
+        return self._average / max(self._filled, 1e-300)
+
     def _at_percentile(self, shares: Tensor) -> Tensor:
         below = shares.cumsum(0)
         # The sum may round to less than 1: past the last bin is the last bin.
