@@ -147,6 +147,10 @@ class NoiseSource:
         """The fused update of adaclip.update, which checks: core/noisy_step.h says what a tuple holds."""
         _core.noisy_step(self._key, step, stream, tensors, torch.get_num_threads())
 
+    def perturb(self, tensors: list[tuple], step: int, stream: int, draw: bool, sign: float) -> None:
+        """Moved parameters for adaclip.smoothing, which checks: core/perturb.h says what a tuple holds."""
+        _core.perturb(self._key, step, stream, tensors, draw, sign, torch.get_num_threads())
+
     def noisy_sum(
         self,
         x: torch.Tensor,

@@ -21,6 +21,7 @@
 #include "core/noisy_step.h"
 #include "core/normal.h"
 #include "core/parallel.h"
+#include "core/perturb.h"
 #include "core/sample_statistics.h"
 #include "core/simd.h"
 
@@ -147,6 +148,21 @@ PYBIND11_MODULE(_core, m) {
     const auto ks = keystream(key, step, stream);
     py::gil_scoped_release unlocked;
     adaclip::noisy_step(ks, tensors.data(), static_cast<int64_t>(tensors.size()), threads);
+  });
+  // One tuple per tensor: addresses of parameter, output, shift and direction (0: none), number of
+  // elements, first chunk, standard deviation of the shift, and length along the direction.
+  using Moved = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, float, float>;
+  m.def("perturb", [](const std::string& key, uint64_t step, uint32_t stream, const std::vector<Moved>& moved,
+                      bool draw, float sign, int threads) {
+    std::vector<adaclip::PerturbTensor> tensors;
+    tensors.reserve(moved.size());
+    for (const auto& [param, out, shift, direction, n, first_chunk, std, length] : moved)
+      tensors.push_back({reinterpret_cast<const float*>(param), reinterpret_cast<float*>(out),
+                         reinterpret_cast<float*>(shift), reinterpret_cast<const float*>(direction), n,
+                         first_chunk, std, length});
+    const auto ks = keystream(key, step, stream);
+    py::gil_scoped_release unlocked;
+    adaclip::perturb(ks, tensors.data(), static_cast<int64_t>(tensors.size()), draw, sign, threads);
   });
   m.def("row_sqnorms",
         [](uintptr_t x, int64_t rows, int64_t width, uintptr_t out, bool accumulate, int threads) {

@@ -10,6 +10,7 @@ from torch import nn
 
 from adaclip.noise import STREAM_SMOOTHING, NoiseSource, chunks
 from adaclip.smoothing import DiSK, EvaluationPoint, NoiseCorrectedNadam, SmoothedLoss
+from adaclip.smoothing.point import _Move
 from adaclip.update import noisy_update
 
 ALWAYS = SmoothedLoss(tau=0.1, signal="always", refresh=1)
@@ -149,6 +150,45 @@ def test_where_nothing_is_smoothed_nothing_moves(settings):
     point.leave()
 
 
+@pytest.mark.parametrize("refresh", [1, 2])
+def test_one_pass_over_memory_makes_what_torch_makes(refresh, simd_level, set_threads, monkeypatch):
+    shapes = [(161,), (50_001,), (0,), (), (8, 3, 5, 5)]
+    settings = SmoothedLoss(tau=0.1, signal="always", refresh=refresh)
+    made = {}
+    for fused in (True, False):
+        for threads in (1, 3):
+            set_threads(threads)
+            torch.manual_seed(0)
+            params = [nn.Parameter(torch.randn(s)) for s in shapes]
+            params[4].data = params[4].data.contiguous(memory_format=torch.channels_last)
+            optimizer = DiSK(params, lr=0.3)
+            point = EvaluationPoint(optimizer, settings, NoiseSource(3))
+            for p in params:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+            if fused:
+                monkeypatch.delattr(_Move, "make")
+            else:
+                monkeypatch.setattr(_Move, "fusable", lambda move: False)
+            for step in (1, 2, 3):
+                point.enter(step)
+                made[fused, threads, step] = [p.detach().clone() for p in params]
+            monkeypatch.undo()
+    for step in (1, 2, 3):
+        assert _equal(made[True, 1, step], made[True, 3, step])
+        for a, b in zip(made[True, 1, step], made[False, 1, step], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_a_model_that_changes_its_dtype_gets_a_new_draw():
+    model = _model()
+    point = EvaluationPoint(_sgd(model), SmoothedLoss(tau=0.1, signal="always"), NoiseSource(7))
+    shifted = [m - p for m, p in zip(_moved(point, model, 0), _values(model), strict=True)]
+    model.double()
+    for moved, p, shift in zip(_moved(point, model, 1), _values(model), shifted, strict=True):
+        torch.testing.assert_close(moved, p - shift, rtol=0, atol=1e-6)
+
+
 def test_frozen_parameters_stay():
     model = _model()
     model[0].weight.requires_grad_(False)
@@ -189,13 +229,17 @@ def test_a_block_away_sees_the_parameters():
     assert _equal(_values(model), there)
 
 
-def test_what_is_written_there_is_reported():
+@pytest.mark.parametrize("exchanged", [True, False])
+def test_what_is_written_there_is_reported(exchanged):
     model = _model()
     before = _values(model)
     point = EvaluationPoint(_sgd(model), ALWAYS)
     point.enter(0)
-    with torch.no_grad():
-        model[0].weight.add_(1.0)
+    if exchanged:
+        model[0].weight.data = torch.zeros_like(model[0].weight)
+    else:
+        with torch.no_grad():
+            model[0].weight.add_(1.0)
     with pytest.raises(
         RuntimeError, match="1 parameters were changed while they were at the evaluation point"
     ):

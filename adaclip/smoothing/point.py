@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from adaclip.noise import STREAM_SMOOTHING, NoiseSource, chunks
+from adaclip.noise import STREAM_SMOOTHING, NoiseSource, check_chunks, checked_std, chunks, is_flat
 from adaclip.smoothing.loss import NoiseSignal, SmoothedLoss
 
 __all__ = ["EvaluationPoint"]
@@ -30,6 +30,53 @@ class _Hook:
 
 def _nothing() -> None:
     pass
+
+
+def _like(p: Tensor, buffer: Tensor | None) -> Tensor:
+    """The buffer, if it fits p still, or a new one."""
+    kind = p.dtype, p.device, p.shape, p.stride()
+    if buffer is not None and (buffer.dtype, buffer.device, buffer.shape, buffer.stride()) == kind:
+        return buffer
+    return torch.empty_like(p)
+
+
+class _Move(NamedTuple):
+    """out = param + sign shift + length direction, where shift is std z from chunk `first` of a keystream on."""
+
+    param: Tensor
+    out: Tensor
+    shift: Tensor | None
+    direction: Tensor | None
+    first: int
+    std: float
+    length: float
+
+    def fusable(self) -> bool:
+        """Whether one pass over memory can make it, with the same place for an element in all tensors."""
+        there = [t for t in self[:4] if t is not None]
+        return all(
+            t.device.type == "cpu"
+            and t.dtype == torch.float32
+            and is_flat(t)
+            and t.shape == self.param.shape
+            and t.stride() == self.param.stride()
+            for t in there
+        )
+
+    def addresses(self) -> tuple:
+        """For `NoiseSource.perturb`."""
+        pointers = [0 if t is None else t.data_ptr() for t in self[:4]]
+        return (*pointers, self.param.numel(), self.first, checked_std(self.std), self.length)
+
+    def make(self, source: NoiseSource, draw: int, fresh: bool, sign: float) -> None:
+        """The same in torch's operations."""
+        self.out.copy_(self.param)
+        if self.shift is not None:
+            if fresh:
+                source.normal_(self.shift, draw, STREAM_SMOOTHING, self.std, self.first)
+            self.out.add_(self.shift, alpha=sign)
+        if self.direction is not None:
+            self.out.add_(self.direction, alpha=self.length)
 
 
 class EvaluationPoint:
@@ -81,10 +128,11 @@ class EvaluationPoint:
         self._scales: dict[Tensor, float] = {}
         if smoothing is not None:
             self._measure_scales()
-        self._perturbation: dict[Tensor, Tensor] = {}
-        self._draw: int | None = None
+        # tau scale z of every parameter, and the number of its draw.
+        self._shifts: dict[Tensor, Tensor] = {}
+        self._drawn: int | None = None
         # What theta' was made for: (step, versions of the parameters). None: it has to be made.
-        self._made: tuple[int, dict[Tensor, int]] | None = None
+        self._made: tuple[int, dict[Tensor, tuple[int, int]]] | None = None
         self._moved: dict[Tensor, Tensor] = {}
         self._home: dict[Tensor, Tensor] = {}
         self._hooks: list[Any] = []
@@ -141,11 +189,13 @@ class EvaluationPoint:
         """
         if not self.inside:
             return
+        exchanged = {p for p, moved in self._moved.items() if p.data_ptr() != moved.data_ptr()}
         for p, home in self._home.items():
             p.data = home
         self._home = {}
         versions = self._versions()
-        written = [p for p, version in self._made[1].items() if versions.get(p, version) != version]
+        made = self._made[1].items()
+        written = [p for p, version in made if versions.get(p, version) != version or p in exchanged]
         if written:
             self._made = None
             raise RuntimeError(
@@ -199,15 +249,16 @@ class EvaluationPoint:
             hook.remove()
         self._hooks = []
         self.leave()
-        self._made, self._moved, self._perturbation, self._draw = None, {}, {}, None
+        self._made, self._moved, self._shifts, self._drawn = None, {}, {}, None
 
     # --- making theta' -----------------------------------------------------------------------------
 
     def _params(self) -> list[Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"] if p.requires_grad]
 
-    def _versions(self) -> dict[Tensor, int]:
-        return {p: p._version for p in self._params()}
+    def _versions(self) -> dict[Tensor, tuple[int, int]]:
+        """What changes when a parameter is written to, or its memory is exchanged."""
+        return {p: (p._version, p.data_ptr()) for p in self._params()}
 
     def _measure_scales(self) -> None:
         for p in self._params():
@@ -219,44 +270,36 @@ class EvaluationPoint:
         groups = [(group, p) for group in self._optimizer.param_groups for p in group["params"]]
         ahead = {p: self._looks(group, p) for group, p in groups if p.requires_grad} if self._looks else {}
         smooth = self.tau > 0
-        self._made = step, self._versions()
+        params = self._params()
         if not smooth and not any(ahead.values()):
-            self._moved = {}
+            self._moved, self._made = {}, (step, self._versions())
             return
-        sign = 1.0
+        old_shifts, draw, sign = self._shifts, 0, 1.0
+        self._moved = {p: _like(p, self._moved.get(p)) for p in params}
         if smooth:
             self._measure_scales()
+            self._shifts = {p: _like(p, old_shifts.get(p)) for p in params}
             draw, place = divmod(step, self._smoothing.refresh)
             sign = -1.0 if place % 2 else 1.0
-            if self._draw != draw or self._perturbation.keys() != self._made[1].keys():
-                self._perturb(draw)
-        moved: dict[Tensor, Tensor] = {}
-        for p in self._made[1]:
-            out = self._moved.get(p)
-            if out is None or out.stride() != p.stride() or out.dtype != p.dtype:
-                out = torch.empty_like(p)
-            if smooth:
-                torch.add(p.detach(), self._perturbation[p], alpha=sign, out=out)
-            else:
-                out.copy_(p)
-            if ahead.get(p) is not None:
-                direction, length = ahead[p]
-                out.add_(direction, alpha=length)
-            moved[p] = out
-        self._moved = moved
-
-    def _perturb(self, draw: int) -> None:
-        """tau scale z of every parameter, for the steps that share a draw."""
-        first = 0
-        made: dict[Tensor, Tensor] = {}
-        for p in self._made[1]:
-            z = self._perturbation.get(p)
-            if z is None or z.shape != p.shape or z.dtype != p.dtype or z.device != p.device:
-                z = torch.empty_like(p)
-            std = self._smoothing.tau * self._scales[p]
-            made[p] = self._source.normal_(z, draw, STREAM_SMOOTHING, std, first)
+        # What was drawn for an earlier step serves this one too, if it is the same draw for the same tensors.
+        same = len(old_shifts) == len(params) and all(old_shifts.get(p) is self._shifts[p] for p in params)
+        fresh = smooth and not (same and self._drawn == draw)
+        first, moves = 0, []
+        for p in params:
+            shift, std = (self._shifts[p], self._smoothing.tau * self._scales[p]) if smooth else (None, 0.0)
+            direction, length = ahead.get(p) or (None, 0.0)
+            moves.append(_Move(p, self._moved[p], shift, direction, first, std, length))
             first += chunks(p.numel())
-        self._perturbation, self._draw = made, draw
+        check_chunks(0, first)
+        if all(move.fusable() for move in moves):
+            tensors = [move.addresses() for move in moves]
+            self._source.perturb(tensors, draw, STREAM_SMOOTHING, fresh, sign)
+        else:
+            for move in moves:
+                move.make(self._source, draw, fresh, sign)
+        if smooth:
+            self._drawn = draw
+        self._made = step, self._versions()
 
     # --- checkpoints -------------------------------------------------------------------------------
 
@@ -288,4 +331,4 @@ class EvaluationPoint:
         self._scales = {p: s for p, s in zip(params, state["scales"], strict=True) if s is not None}
         if self._signal is not None:
             self._signal.load_state_dict(params, state["signal"])
-        self._made, self._draw = None, None
+        self._made, self._drawn = None, None
