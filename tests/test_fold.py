@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from test_layers import Odd, Tied, convolutions
 from torch import nn
 
-from adaclip.layers import RootForward, Tape, build_layers, part_from_samples
+from adaclip.clipping import clip_factors
+from adaclip.layers import RootForward, Tape, Use, build_layers, part_from_samples
 from adaclip.layers.ws_conv import WSConv2d
 from adaclip.testing import relative_error, sample_grads, square_loss
 
@@ -18,7 +19,7 @@ BACKENDS = ["cpp", "reference"]
 
 
 def folded(model, x, y, views, *, backend="auto", between=lambda layer, use: use):
-    """{name: rows' layer parts} of one backward, and the norms of every sample's summed gradient [B].
+    """The norms [B] of every sample's averaged gradient, and factors [B] -> {name: their weighted sum}, of a backward.
 
     Rows of x and y are views, V of each sample. The loss is the mean over all rows, as the engine sees it.
     """
@@ -199,6 +200,41 @@ def test_views_that_cancel_leave_nothing_to_clip(layer):
     norms, _ = folded(model, x, y, 2)
     apart, _ = folded(model, x, y, 1)
     assert float(norms.max()) < 1e-3 * float(apart.min())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from(["conv", "wide conv", "standardized", "linear"]),
+    st.integers(1, 8),
+    st.sampled_from([1.0, 1e3, 1e6]),
+    st.integers(0, 1000),
+)
+def test_the_norm_bounds_what_is_added_where_views_cancel(kind, pairs, scale, seed):
+    """Adversarial: x large and nearly the same in all views, g opposite in every second one."""
+    torch.manual_seed(seed)
+    module, size = {
+        "conv": (nn.Conv2d(4, 6, 3, padding=1), [4, 4]),
+        "wide conv": (nn.Conv2d(64, 64, 3, padding=1), [2, 2]),
+        "standardized": (WSConv2d(64, 64, 3, padding=1), [2, 2]),
+        "linear": (nn.Linear(40, 48), []),
+    }[kind]
+    inputs, outputs = module.weight.shape[1], module.weight.shape[0]
+    samples, views = 3, 2 * pairs
+    x = torch.randn(samples, 1, inputs, *size) * scale + torch.randn(samples, views, inputs, *size)
+    g = torch.randn(samples, pairs, outputs, *size)
+    tensors = [x.flatten(0, 1), torch.cat([g, -g.flip(1)], 1).flatten(0, 1)]
+    (layer,) = build_layers(nn.Sequential(module), Tape(lambda: None), "auto")
+    if kind == "standardized" and layer.saves_output(tensors[0]):
+        out = module(tensors[0]).detach()
+        tensors.append((out * tensors[1]).flatten(2).sum(2, dtype=torch.float64))
+    part = layer.measure(layer.fold(Use(tensors, 1), views), {module.weight})
+    norms = part.sqnorms.sqrt()
+    for bound in (float(norms.median()) / 2, float(norms.max())):
+        for b in range(samples):
+            factors = torch.zeros(samples)
+            factors[b] = clip_factors(norms[b], bound)
+            share = torch.cat([t.double().flatten() for _, t in part.weigh(factors)])
+            assert float(share.norm()) <= bound * (1 + 2.0**-20)
 
 
 def test_rows_that_are_not_whole_samples_are_refused():
