@@ -187,5 +187,6 @@ def _onto_simplex(values: Tensor) -> Tensor:
     ordered = values.sort(descending=True).values
     counts = torch.arange(1, len(values) + 1, dtype=values.dtype, device=values.device)
     cut = (ordered.cumsum(0) - 1.0) / counts
-    kept = (ordered > cut).sum() - 1
-    return (values - cut[kept]).clamp_min(0.0)
+    # Gathered: a 0-dim index would be read back to the host.
+    kept = ((ordered > cut).sum() - 1).clamp_min(0).reshape(1)
+    return (values - cut.gather(0, kept)).clamp_min(0.0)
