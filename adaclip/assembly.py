@@ -20,6 +20,7 @@ from adaclip.clipping import (
 )
 from adaclip.data import ImageData
 from adaclip.groups import LabelGroups
+from adaclip.planning import quantized
 from adaclip.schedules import Cosine, Exponential, Linear, Schedule
 from adaclip.smoothing import DiSK, DPAdamBC, NoiseCorrectedNadam, SmoothedLoss
 from adaclip.train_config import TrainConfig, schedule_parts
@@ -136,9 +137,11 @@ def privacy_options(
 
     total: steps of the run; diagnostics: keep private statistics of the label groups for whoever may see the data.
     """
+    noise = _schedule("noise_schedule", config.noise_schedule, total)
     options: dict[str, Any] = {
         "clipping": build_clipping(config, total),
-        "noise_schedule": _schedule("noise_schedule", config.noise_schedule, total),
+        # As the engine plans it: a resumed run has no plan of its own to make, and must book the same values.
+        "noise_schedule": None if noise is None else quantized(noise, total),
         "views_per_sample": config.views,
         "augmentation": config.augment,
     }

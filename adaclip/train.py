@@ -194,6 +194,8 @@ class Training:
         self._seconds, self._training_seconds = extra["seconds"], extra["training_seconds"]
         lost = adopt_ledger(self.engine.accountant, Ledger.load(self.folder.ledger))
         if lost:
+            # They had their places in a noise schedule.
+            self.optimizer.releases += lost
             self.notes.append(
                 f"the ledger holds {lost} steps more than the checkpoint: their results may have been seen, so "
                 "they stay on the account"

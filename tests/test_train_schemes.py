@@ -120,3 +120,26 @@ def test_the_whole_scheme_continues_where_it_was_left(tmp_path, digits):
     assert Ledger.load(folder.ledger).after(Ledger()) == [Event(release, 4)]
     assert [row["step"] for row in folder.read_metrics()] == [2, 4]
     assert second.optimizer.gradient_noise_multiplier > second.optimizer.noise_multiplier
+
+
+def test_a_noise_schedule_of_many_values_continues_after_steps_that_were_lost(tmp_path, digits):
+    """The ledger is one step ahead of the checkpoint: the next steps take the values that follow in the plan."""
+    settings = {"data_dir": str(digits), "steps": 40, "noise_schedule": "linear:0.5", "eval_every": 40}
+    config = resolve(SETTINGS | settings)
+    folder = RunFolder.create(tmp_path / "run")
+    first = Training(config, folder)
+    planned = first.engine._budget.plan
+    assert len(planned) == 32
+    first.total = 2
+    first.run(quiet=True)
+    first.finished = False
+    first._save()
+    first.engine.accountant.add(first.engine._budget.plan[1 if planned[0].count == 2 else 2].release)
+    first.engine.accountant.ledger.save(folder.ledger)
+    second = Training(config, folder, saved=folder.read_config())
+    assert (second.step, second.optimizer.releases) == (2, 3)
+    second.run(quiet=True)
+    # The plan has 40 releases, one of which was lost: training ends a step early, within its budget.
+    assert second.step == 39
+    assert second.engine.accountant.history == planned
+    assert second.engine.get_epsilon(config.delta) <= 3.0
