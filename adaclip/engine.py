@@ -305,11 +305,12 @@ class PrivacyEngine:
             raise RuntimeError("no model is attached to this engine")
         if module is not None and module is not self._module:
             raise ValueError("module must be the one given to make_private")
-        for replaced in self._replaced:
-            replaced.detach()
         if self._optimizer.smoothing is not None:
+            # First: it raises where a parameter was written to at the evaluation point, and can be called again.
             self._loader.on_batch = None
             self._optimizer.smoothing.detach()
+        for replaced in self._replaced:
+            replaced.detach()
         self._optimizer._sum.reset()
         for p in self._module.parameters():
             p.grad = None

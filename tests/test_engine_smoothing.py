@@ -151,6 +151,20 @@ def test_a_write_at_the_point_stops_the_step_before_it_is_booked():
     assert optimizer.releases == 0
 
 
+def test_a_write_at_the_point_can_be_followed_by_detach():
+    model = small_model()
+    start = flat(model)
+    engine, _, _, loader = private(model, smoothing=ALWAYS)
+    batch_of(loader)
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="changed while they were at the evaluation point"):
+        engine.detach(model)
+    engine.detach(model)
+    assert torch.equal(flat(model), start)
+    assert "forward" not in model.__dict__
+
+
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
     "corrected Nadam": lambda p: NoiseCorrectedNadam(p, lr=0.05),
