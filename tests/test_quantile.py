@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from one_step import backward, private
 
 from adaclip import ops
 from adaclip.clipping import AdaptiveClipping, DCSGDClipping, PerLayerClipping, Setting
@@ -48,6 +49,22 @@ def test_the_threshold_finds_the_quantile_from_a_hundred_times_off(start, quanti
     clipping = follow(bound(AdaptiveClipping(start * truth, quantile=quantile)), norms, 59, seed)
     assert clipping.sigma_b == QN / 20
     assert clipping.max_grad_norm == pytest.approx(truth, rel=0.05)
+
+
+@pytest.mark.parametrize("start", [0.01, 100.0])
+def test_it_is_found_in_training(start):
+    norms = lognormal(0.25, 1)[0]
+    truth = norms.quantile(0.5).item()
+    rows = torch.zeros(EXAMPLES, 4)
+    rows[:, 0] = norms.float()
+    model, optimizer, loader = private(
+        rows, clipping=AdaptiveClipping(start * truth), sample_rate=0.1, max_batch_size=100
+    )
+    assert optimizer.expected_batch_size == QN
+    for _ in range(59):
+        backward(model, optimizer, loader)
+        optimizer.step()
+    assert optimizer.max_grad_norm == pytest.approx(truth, rel=0.05)
 
 
 def test_it_stays_there_and_follows_when_norms_shrink():

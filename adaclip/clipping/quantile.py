@@ -152,6 +152,10 @@ class AdaptiveClipping(Clipping):
     steps compose adaptively. Where an example is replaced, not added or removed, the same sigma covers it (the
     ledger's law is for any two contributions of norm 1/2).
 
+    In floating point: under a mean loss autograd divides by the rows of the physical batch, so who else is in it
+    can change a norm in its last float32 digit, and flip the indicator of an example whose norm is within 1e-7
+    of C_t. Where that matters (many copies of one example), `pad_to` or a summed loss makes the divisor public.
+
     Args:
         max_grad_norm: C_0. C_t stays within a factor 1e6 of it.
         quantile: the share of norms that shall be below C, in (0, 1).
