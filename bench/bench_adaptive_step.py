@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import statistics
 from collections.abc import Callable
@@ -78,8 +79,8 @@ def selection() -> dict:
     return {**clipping(), "groups": LabelGroups("reweight", groups=10)}
 
 
-def everything() -> dict:
-    return {**selection(), "smoothing": SmoothedLoss(0.01, signal="always")}
+def everything(**options) -> dict:
+    return {**selection(), "smoothing": SmoothedLoss(0.01, signal="always", **options)}
 
 
 # A step of length 0 keeps the work and leaves every round the same model.
@@ -90,6 +91,7 @@ VARIANTS: dict[str, tuple[Callable, Callable]] = {
     "+ group selection, SGD": (sgd, selection),
     "+ smoothed loss, SGD": (sgd, everything),
     "all, corrected Nadam": (corrected, everything),
+    "all, a draw for 4 steps": (corrected, functools.partial(everything, refresh=4)),
 }
 
 
@@ -148,6 +150,8 @@ def check(variant: str, case: Case) -> float:
         next(batches)
         optimizer.step()
         next(batches)
+        if optimizer.smoothing is not None and not optimizer.smoothing.inside:
+            raise AssertionError(f"{variant}: the gradient was not taken at perturbed weights")
         # The threshold of this batch, which step() moves, and the weights that its gradients were taken at.
         c, weights = optimizer.max_grad_norm, selected_weights(optimizer, data[1])
         halves = [by_sample(private.model, x, y) for x, y in zip(*(t.split(4) for t in data), strict=True)]
@@ -243,10 +247,10 @@ def show(rows: list[dict]) -> None:
         first, second = ratios
         print(f"{r['case']:26}{r['step']:26}{r['ms']:9.2f}  {first:26}{second:26}{r['error']:8.0e}")
     for r in rows:
-        if r["step"] == "all, corrected Nadam":
+        if r["step"].startswith("all"):
             ratio = r["to flat, SGD"][0]
             verdict = "within" if ratio <= LIMIT else "above"
-            print(f"{r['case']}: {ratio:.3f} of the flat step, {verdict} {LIMIT}")
+            print(f"{r['case']}: {r['step']}: {ratio:.3f} of the flat step with SGD, {verdict} {LIMIT}")
 
 
 def main() -> None:
