@@ -164,6 +164,7 @@ def _kinds(optimizer: DPOptimizer, loader: LoaderBase) -> dict[str, Any]:
         "loader": type(loader).__name__,
         "data set size": loader.dataset_size,
         "expected batch size": optimizer.expected_batch_size,
+        "views per sample": loader.views,
     }
 
 

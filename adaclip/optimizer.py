@@ -160,7 +160,8 @@ class DPOptimizer(torch.optim.Optimizer):
     def max_grad_norm(self) -> float:
         """The norm that a sample's whole gradient is clipped to in the logical batch in hand.
 
-        After step() that is the next batch's. Reads the device.
+        After step() that is the next batch's, if it adapts; a schedule moves when the next batch begins. Reads the
+        device.
         """
         return self._sum.clipping.max_grad_norm
 

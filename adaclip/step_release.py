@@ -11,6 +11,11 @@ Each later release may depend on earlier ones (thresholds do): that is adaptive 
 
 The D_i are norms of what one example adds, whatever the adjacency: see `adaclip.accounting.releases`. So the
 indicator 1[n <= C] - 1/2 counts 1/2, and it is 0, not -1/2, for an example that is absent or null.
+
+All this is in real numbers. In floating point the last digits of a sample's gradient (some 1e-7 of it) also depend on
+the shape of the batch it is in: a mean loss divides by its rows, and matrix products are split by them. So another
+example's presence can flip an indicator whose norm is that close to the threshold. `pad_to` gives every batch one
+shape.
 """
 
 from __future__ import annotations
@@ -114,6 +119,11 @@ class Statistics:
                 f"side releases must give a std for each entry: widths {widths}, {len(stds)} stds"
             )
         self._slices = list(self.sums.split(widths)) if widths else []
+        wanted = [
+            key for part, sums in zip(self.parts, self._slices, strict=True) for key in part.outputs(sums)
+        ]
+        if len(set(wanted)) < len(wanted):
+            raise ValueError(f"side releases must each have statistics of their own, got {sorted(wanted)}")
 
     @property
     def sensitivities(self) -> list[tuple[float, float]]:

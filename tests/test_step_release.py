@@ -18,7 +18,8 @@ BOUNDS, SIGMAS = st.floats(0.01, 10.0), st.floats(0.05, 50.0)
 class Side:
     """A side release that remembers what it is given."""
 
-    def __init__(self, stds, bound=1.0):
+    def __init__(self, stds, bound=1.0, key="below"):
+        self._key = key
         self.width = len(stds)
         self.sensitivities = ((bound, stds[0]),)
         self._stds = stds
@@ -28,7 +29,7 @@ class Side:
         return list(self._stds)
 
     def outputs(self, sums):
-        return {"below": sums}
+        return {self._key: sums}
 
     def absorb(self, released, t):
         self.absorbed.append((t, released.clone()))
@@ -91,7 +92,7 @@ def test_bad_parts(part):
 
 
 def test_statistics_are_released_with_every_parts_own_noise():
-    sides = [Side([2.0, 3.0]), Side([5.0])]
+    sides = [Side([2.0, 3.0]), Side([5.0], key="histogram")]
     statistics = Statistics(sides, torch.device("cpu"))
     assert statistics.sensitivities == [(1.0, 2.0), (1.0, 5.0)]
     source = NoiseSource(KEY)
@@ -113,7 +114,7 @@ def test_statistics_are_released_with_every_parts_own_noise():
 
 
 def test_parts_share_one_tensor():
-    statistics = Statistics([Side([1.0, 1.0]), Side([1.0])], torch.device("cpu"))
+    statistics = Statistics([Side([1.0, 1.0], key="histogram"), Side([1.0])], torch.device("cpu"))
     statistics.outputs()["below"].fill_(4.0)
     assert statistics.sums.tolist() == [0.0, 0.0, 4.0]
     statistics.clear()
@@ -141,3 +142,8 @@ def test_statistics_need_a_std_for_every_entry():
     side.width = 3
     with pytest.raises(ValueError, match="a std for each entry"):
         Statistics([side], torch.device("cpu"))
+
+
+def test_two_parts_may_not_count_the_same():
+    with pytest.raises(ValueError, match="statistics of their own"):
+        Statistics([Side([1.0]), Side([1.0])], torch.device("cpu"))
