@@ -53,7 +53,7 @@ def augment(images: Tensor, kind: str, generator: torch.Generator, views: int = 
     rows = _sources(count, height, kind, generator)
     columns = _sources(count, width, kind, generator)
     if "flip" in kind:
-        flipped = torch.randint(2, (count, 1), generator=generator).bool()
+        flipped = torch.randint(2, (count, 1), generator=generator, device="cpu").bool()
         columns = torch.where(flipped, columns.flip(1), columns)
     positions = (rows[:, :, None] * width + columns[:, None, :]).reshape(count, 1, -1).to(images.device)
     flat = images.flatten(2).repeat_interleave(views, dim=0) if views > 1 else images.flatten(2)
@@ -62,7 +62,7 @@ def augment(images: Tensor, kind: str, generator: torch.Generator, views: int = 
 
 def _sources(count: int, side: int, kind: str, generator: torch.Generator) -> Tensor:
     """int64 [count, side]: where each position of a view is taken from."""
-    positions = torch.arange(side).expand(count, side)
+    positions = torch.arange(side, device="cpu").expand(count, side)
     most = 0
     if "shift" in kind:
         most = int(side * _SHIFT)
@@ -71,7 +71,8 @@ def _sources(count: int, side: int, kind: str, generator: torch.Generator) -> Te
         most = min(_PADDING, side - 1)
     if most == 0:
         return positions
-    moved = (positions + torch.randint(-most, most + 1, (count, 1), generator=generator)).abs()
+    offsets = torch.randint(-most, most + 1, (count, 1), generator=generator, device="cpu")
+    moved = (positions + offsets).abs()
     return side - 1 - (side - 1 - moved).abs()
 
 

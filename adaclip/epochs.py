@@ -106,7 +106,7 @@ class EpochLoader(LoaderBase):
         return (
             f"EpochLoader(dataset_size={self.dataset_size}, "
             f"expected_batch_size={self.expected_batch_size:g}, steps_per_epoch={self.steps_per_epoch}, "
-            f"max_batch_size={self.max_batch_size}, pad_to={self.pad_to})"
+            f"max_batch_size={self.max_batch_size}, pad_to={self.pad_to}, views={self.views})"
         )
 
     def __iter__(self) -> Iterator[Any]:

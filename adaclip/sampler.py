@@ -303,7 +303,7 @@ class PoissonLoader(LoaderBase):
         return (
             f"PoissonLoader(dataset_size={self.dataset_size}, sample_rate={self.sample_rate:.6g}, "
             f"steps_per_epoch={self.steps_per_epoch}, max_batch_size={self.max_batch_size}, "
-            f"pad_to={self.pad_to}, rank={self.rank}, world_size={self.world_size})"
+            f"pad_to={self.pad_to}, views={self.views}, rank={self.rank}, world_size={self.world_size})"
         )
 
     def __iter__(self) -> Iterator[Any]:

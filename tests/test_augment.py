@@ -74,6 +74,14 @@ def test_images_must_have_four_dimensions():
         augment(torch.zeros(3, 4, 4), "flip", torch.Generator())
 
 
+def test_views_do_not_depend_on_the_default_device():
+    picture = pictures(3, 2, 8, 8)
+    expected = augment(picture, "crop-flip", torch.Generator().manual_seed(0), views=2)
+    with torch.device("meta"):
+        made = augment(picture, "crop-flip", torch.Generator("cpu").manual_seed(0), views=2)
+    assert torch.equal(made, expected)
+
+
 # ---- the generator
 
 
@@ -111,6 +119,7 @@ def loaders(n: int = 12, batch: int = 4, **options):
 def test_every_example_comes_as_rows_next_to_each_other(most, pad):
     for loader in loaders(views=3, augmentation="crop-flip", max_batch_size=most, pad_to=pad):
         assert loader.views == 3
+        assert "views=3" in repr(loader)
         seen = collections.Counter()
         for x, y in loader:
             info = loader.current
