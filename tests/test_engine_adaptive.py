@@ -334,3 +334,33 @@ def test_labels_come_from_a_function_too():
     train_labeled(plain, other, batches, 1)
     assert seen
     assert torch.equal(optimizer.groups.private["counts"], other.groups.private["counts"].flip(0))
+
+
+def test_without_noise_the_step_is_clipped_sgd_at_the_threshold_in_force():
+    model = small_model()
+    reference = copy.deepcopy(model)
+    clipping, groups = AdaptiveClipping(0.3), LabelGroups(groups=CLASSES)
+    engine, model, optimizer, loader = labeled(model, clipping=clipping, groups=groups, sigma=0.0)
+    loss = nn.functional.cross_entropy
+    for t, (x, y) in enumerate(loader):
+        optimizer.zero_grad()
+        loss(model(x), y).backward()
+        optimizer.step()
+        threshold = float(optimizer.clipping.history[t])
+        truth = clipped_sum(sample_grads(reference, x, y, loss), threshold)
+        with torch.no_grad():
+            for name, p in reference.named_parameters():
+                p -= 0.1 * truth[name].float() / 20
+    assert torch.allclose(flat(model), flat(reference), atol=1e-6)
+    assert optimizer.gradient_noise_multiplier == 0.0
+    assert engine.get_epsilon(1e-5) == math.inf
+    # The statistics keep their own noise.
+    assert not torch.equal(optimizer.groups.released["counts"], optimizer.groups.released["counts"].round())
+
+
+def test_thresholds_move_within_a_shuffled_epoch_too():
+    with pytest.warns(UserWarning, match="poisson_sampling=True"):
+        engine, model, optimizer, loader = labeled(clipping="adaptive", poisson_sampling=False, sigma=0.9)
+    train_labeled(model, optimizer, loader, 6)
+    assert len(set(optimizer.clipping.history.tolist())) == 7
+    assert engine.accountant.history == [Event(SubsampledGaussian(1.0, 0.9, "shuffled"), 2)]
