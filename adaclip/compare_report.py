@@ -188,7 +188,7 @@ def _markdown(table: Mapping[str, Any]) -> str:
     if table["ablations"]:
         lines += ["", "## What each step contributes", ""]
         lines += _markdown_table(
-            ("without", "runs", "adaptive is better by (points)", "95 % interval", "verdict"),
+            ("ablation", "runs", "adaptive is better by (points)", "95 % interval", "verdict"),
             [_ablation_cells(row) for row in table["ablations"]],
         )
         lines += [

@@ -3,10 +3,11 @@
 import argparse
 import dataclasses
 from importlib import resources
+from pathlib import Path
 
 import pytest
 
-from adaclip.schemes import ABLATIONS, SCHEMES, chain
+from adaclip.schemes import ABLATIONS, OWNED, SCHEMES, chain
 from adaclip.train_config import TrainConfig
 from adaclip.train_sources import (
     Tables,
@@ -137,6 +138,21 @@ def test_every_scheme_fits_every_shipped_config(dataset, scheme):
     else:
         assert config.epsilon == plain.epsilon
     assert config.lr is not None
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted((Path(__file__).parents[1] / "bench" / "recipes").glob("*.toml")),
+    ids=lambda path: path.stem,
+)
+def test_every_recipe_leaves_to_the_schemes_what_they_decide(path):
+    recipe = read_tables(path)
+    assert not OWNED & recipe.train.keys()
+    for scheme in SCHEMES:
+        config = resolve({"scheme": scheme}, recipe)
+        assert {name: getattr(config, name) for name in recipe.train.keys() - {"epsilon", "ema"}} == {
+            name: value for name, value in recipe.train.items() if name not in ("epsilon", "ema")
+        }
 
 
 def test_unknown_schemes_are_listed():
