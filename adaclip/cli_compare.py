@@ -44,6 +44,12 @@ def add_compare_parser(commands: argparse._SubParsersAction) -> None:
         metavar="FILE.toml",
         help="settings of all in [train], of some in [scheme.NAME]",
     )
+    what.add_argument(
+        "--export",
+        type=Path,
+        metavar="PREFIX",
+        help="copy the report to PREFIX.md, PREFIX.json and PREFIX.png",
+    )
     what.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default 1)")
     what.add_argument(
         "--tune",
@@ -63,7 +69,7 @@ def add_compare_parser(commands: argparse._SubParsersAction) -> None:
 
 def _compare(args: argparse.Namespace) -> int:
     from adaclip.compare import Comparison, recipe_of
-    from adaclip.compare_report import table_text
+    from adaclip.compare_report import export, table_text
     from adaclip.runs import standard
     from adaclip.schemes import SCHEMES
     from adaclip.train_config import MACHINE
@@ -80,6 +86,8 @@ def _compare(args: argparse.Namespace) -> int:
     comparison = Comparison(args.out, recipe_of(flags, args.config), seeds=args.seeds, **options)
     done = comparison.run(jobs=args.jobs, say=_say(args))
     table = comparison.report()
+    if args.export is not None:
+        export(args.out, args.export)
     if args.json:
         print(json.dumps(standard(table)))
     elif table["rows"]:

@@ -3,7 +3,7 @@
 A comparison lives in a folder:
 
     recipe.toml         what all runs share ([train]) and what single schemes add ([scheme.NAME])
-    compare.json        schemes, seeds, the command
+    compare.json        schemes, seeds, the command, seconds taken
     runs/SCHEME-sSEED/  one ordinary run folder each, made by `adaclip train`
     logs/               what the runs said
     rows.jsonl          a line for each finished run
@@ -122,6 +122,8 @@ class Comparison:
             *(s for s in schemes if s not in before.get("schemes", [])),
         ]
         self.seeds = max(seeds, before.get("seeds", 0))
+        # Of all calls of `run`, until the last run that each of them finished.
+        self.seconds = float(before.get("seconds", 0.0))
         self.command = command
         jobs = self._jobs(recipe, self.schemes, self.seeds)
         for job in jobs:
@@ -171,14 +173,8 @@ class Comparison:
         """
         self.out.mkdir(parents=True, exist_ok=True)
         write_text(self.out / "recipe.toml", write_tables(self.recipe))
-        state = {
-            "schema": SCHEMA,
-            "schemes": self.schemes,
-            "seeds": self.seeds,
-            "command": self.command,
-        }
-        write_text(self.out / "compare.json", json.dumps(state, indent=1) + "\n")
-        rows = self.rows()
+        self._write_settings()
+        rows, started, before = self.rows(), time.monotonic(), self.seconds
         missing = [job for job in self.jobs if job.name not in rows]
         if len(missing) < len(self.jobs):
             say(f"{len(self.jobs) - len(missing)} of {len(self.jobs)} runs are finished already")
@@ -188,17 +184,34 @@ class Comparison:
             row = row_of(job)
             rows[job.name] = row
             self._write_rows(rows)
+            self.seconds = before + time.monotonic() - started
+            self._write_settings()
             self.report()
             accuracy = row["accuracy"]
             say(f"{job.name}: {row['split']} accuracy {accuracy:.2%}, {row['seconds']:.0f} s")
 
         return run_jobs(missing, self.out / "recipe.toml", finished, parallel=jobs, say=say)
 
+    def _write_settings(self) -> None:
+        state = {
+            "schema": SCHEMA,
+            "schemes": self.schemes,
+            "seeds": self.seeds,
+            "command": self.command,
+            "seconds": self.seconds,
+        }
+        write_text(self.out / "compare.json", json.dumps(state, indent=1) + "\n")
+
     def rows(self) -> dict[str, dict[str, Any]]:
         """The rows of the finished runs by name, in the order of the comparison."""
         path = self.out / "rows.jsonl"
         known = {row["run"]: row for row in map(json.loads, whole_lines(path))} if path.is_file() else {}
-        return {job.name: known[job.name] for job in self._all if job.name in known}
+        # A run folder that was taken away takes its row along.
+        return {
+            job.name: known[job.name]
+            for job in self._all
+            if job.name in known and RunFolder(job.folder).config.is_file()
+        }
 
     def _write_rows(self, rows: Mapping[str, Mapping[str, Any]]) -> None:
         ordered = [rows[job.name] for job in self._all if job.name in rows]
@@ -210,7 +223,15 @@ class Comparison:
         curves = {row["run"]: RunFolder(self.out / "runs" / row["run"]).read_metrics() for row in rows}
         facts = {} if not rows else RunFolder(self.out / "runs" / rows[0]["run"]).read_config()
         planned = dict.fromkeys(self.schemes, self.seeds)
-        return write_report(self.out, rows, curves, facts=facts, planned=planned, command=self.command)
+        return write_report(
+            self.out,
+            rows,
+            curves,
+            facts=facts,
+            planned=planned,
+            command=self.command,
+            seconds=self.seconds,
+        )
 
 
 # --- one run ----------------------------------------------------------------------------------------------------

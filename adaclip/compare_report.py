@@ -15,7 +15,7 @@ from adaclip.plots import plot_comparison
 from adaclip.runs import epsilon_text, standard, write_text
 from adaclip.schemes import ABLATIONS, SCHEMES
 
-__all__ = ["summarize", "table_text", "write_report"]
+__all__ = ["export", "summarize", "table_text", "write_report"]
 
 _CONFIDENCE = 0.95
 
@@ -28,6 +28,7 @@ def write_report(
     facts: Mapping[str, Any],
     planned: Mapping[str, int],
     command: str,
+    seconds: float,
 ) -> dict[str, Any]:
     """Write table.json, report.md and, where there are rows, curves.png into `out`; returns the table.
 
@@ -36,9 +37,9 @@ def write_report(
         curves: the evaluations of each, by the run's name.
         facts: the config.json of one of the runs; empty without rows.
         planned: seeds by scheme, in the order of the table.
-        command: the command line that made it.
+        command: the command line that made it; seconds: how long all of it took.
     """
-    table = summarize(rows, facts=facts, planned=planned, command=command)
+    table = summarize(rows, facts=facts, planned=planned, command=command) | {"seconds": seconds}
     write_text(out / "table.json", json.dumps(standard(table), indent=1, allow_nan=False) + "\n")
     write_text(out / "report.md", _markdown(table))
     if rows:
@@ -134,6 +135,24 @@ def _ablations(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def export(out: Path, prefix: Path) -> list[Path]:
+    """Copy a written report to PREFIX.md, PREFIX.json and (if it is there) PREFIX.png; returns the files."""
+    made = []
+    text = (out / "report.md").read_text(encoding="utf-8").replace("(curves.png)", f"({prefix.name}.png)")
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    for suffix, content in (
+        (".md", text.encode()),
+        (".json", (out / "table.json").read_bytes()),
+        (".png", (out / "curves.png").read_bytes() if (out / "curves.png").exists() else None),
+    ):
+        if content is not None:
+            # Not with_suffix: a prefix may have dots.
+            path = prefix.with_name(prefix.name + suffix)
+            path.write_bytes(content)
+            made.append(path)
+    return made
+
+
 # --- text -------------------------------------------------------------------------------------------------------
 
 _COLUMNS = ("scheme", "runs", "accuracy", "s/epoch", "final C", "σ_tot", "σ_g", "ε ≤")
@@ -203,6 +222,7 @@ def _markdown(table: Mapping[str, Any]) -> str:
     ]
     if table["command"]:
         lines += ["", "## Command", "", f"    {table['command']}"]
+        lines += ["", f"All of it took {table['seconds'] / 60:.1f} minutes."]
     return "\n".join(lines) + "\n"
 
 

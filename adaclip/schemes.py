@@ -60,7 +60,7 @@ SCHEMES: dict[str, Scheme] = {
             "clipping": "adaptive",
             "quantile": 0.5,
             "groups": "report",
-            **_adam("noise-nadam", 0.005),
+            **_adam("noise-nadam", 0.02),
             "floor": 1.0,
             "smoothing": 0.01,
             "smoothing_signal": "snr",
@@ -68,9 +68,9 @@ SCHEMES: dict[str, Scheme] = {
     ),
     "dpsgd": Scheme("DP-SGD, fixed C", {**_PLAIN, **_SGD}),
     "dp-momentum": Scheme("DP-SGD with momentum 0.9, fixed C", {**_PLAIN, **_MOMENTUM}),
-    "dp-adam": Scheme("DP-Adam, fixed C", {**_PLAIN, **_adam("adam", 2e-3)}),
-    "dp-adambc": Scheme("DP-AdamBC, fixed C", {**_PLAIN, **_adam("adambc", 2e-3)}),
-    "dp-nadam": Scheme("DP-Nadam, fixed C", {**_PLAIN, **_adam("nadam", 2e-3)}),
+    "dp-adam": Scheme("DP-Adam, fixed C", {**_PLAIN, **_adam("adam", 0.02)}),
+    "dp-adambc": Scheme("DP-AdamBC, fixed C", {**_PLAIN, **_adam("adambc", 0.02)}),
+    "dp-nadam": Scheme("DP-Nadam, fixed C", {**_PLAIN, **_adam("nadam", 0.02)}),
     "auto-s": Scheme("automatic clipping (AUTO-S), SGD", {**_PLAIN, **_SGD, "clipping": "automatic"}),
     "psac": Scheme("DP-PSAC, SGD", {**_PLAIN, **_SGD, "clipping": "psac"}),
     # C grows to the size of the gradients, and the step with it: a smaller rate than at C = 1.
@@ -91,7 +91,7 @@ SCHEMES: dict[str, Scheme] = {
         "adaptive without step 4a: no smoothed loss", {"smoothing": 0.0}, "adaptive"
     ),
     "adaptive-no-correction": Scheme(
-        "adaptive without step 4b: plain Nadam", _adam("nadam", 2e-3), "adaptive"
+        "adaptive without step 4b: plain Nadam", _adam("nadam", 0.02), "adaptive"
     ),
     "adaptive-no-ema": Scheme("adaptive without averaged weights", {"ema": 0.0}, "adaptive"),
 }
