@@ -40,7 +40,7 @@ def test_a_plan_of_several_noises_keeps_their_order():
     for release in (STEP, STEP, other, other):
         wrong = other if release == STEP else STEP
         with pytest.raises(
-            PrivacyBudgetExceeded, match="2 releases of .*, then 2 releases of .*and nothing else"
+            PrivacyBudgetExceeded, match=r"2 releases of .*, then 2 releases of .*and nothing else"
         ):
             budget.check(spent, wrong)
         budget.check(spent, release)
