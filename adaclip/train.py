@@ -158,6 +158,7 @@ class Training:
                 shuffle=True,
             ),
             "max_batch_size": config.max_batch_size,
+            "loss_reduction": "sum",
             **privacy_options(config, self.data, self.total, diagnostics=self._private),
         }
         self.engine = PrivacyEngine(accountant=config.accountant, adjacency=config.adjacency)
@@ -255,8 +256,9 @@ class Training:
                 group["lr"] = learning_rate(self.config, self.step, self.total)
         self.optimizer.zero_grad()
         logits = self.model(self.data.normalize(images))
-        # Smoothing moves every target alike, whatever the data: it costs no privacy.
-        loss = cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        # Smoothing moves every target alike, whatever the data: it costs no privacy. A sum: a mean would divide by
+        # the rows drawn, and round each sample's gradient by how many others there are.
+        loss = cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing, reduction="sum")
         loss.backward()
         if info.rows and (self._reporter.wants_batches or self._diagnostics):
             rows = info.rows * self.config.views
