@@ -93,10 +93,16 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         "train",
         help="train a model privately",
         description="Trains a model with differential privacy and keeps the run in a folder. Settings come from "
-        "the data set's shipped config, then --config, then these flags; the last one wins.",
+        "the data set's shipped config, then --config, then these flags; the last one wins. A scheme counts as "
+        "part of whichever of these names it.",
     )
     run = parser.add_argument_group("the run")
-    run.add_argument("--config", type=Path, metavar="FILE.toml", help="settings, in a table [train]")
+    run.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE.toml",
+        help="settings, in the table [train], and of schemes in tables [scheme.NAME]",
+    )
     run.add_argument(
         "--run-dir",
         type=Path,

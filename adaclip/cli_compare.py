@@ -16,7 +16,7 @@ _DEFAULT = "adaptive,dpsgd,dp-nadam,non-private"
 
 def add_compare_parser(commands: argparse._SubParsersAction) -> None:
     """Add the subcommand to `adaclip`'s."""
-    from adaclip.schemes import SCHEMES
+    from adaclip.schemes import OWNED, SCHEMES
     from adaclip.train_sources import add_flags
 
     parser = commands.add_parser(
@@ -61,9 +61,9 @@ def add_compare_parser(commands: argparse._SubParsersAction) -> None:
     )
     what.add_argument("--quiet", action="store_true", help="no progress, only the result")
     what.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    add_flags(
-        parser.add_argument_group("settings of all runs (as for adaclip train)"), without=("scheme", "seed")
-    )
+    # What schemes decide is refused with a message that says where it belongs.
+    shared = parser.add_argument_group("settings of all runs (as for adaclip train)")
+    add_flags(shared, without=("scheme", "seed"), hidden=OWNED)
     parser.set_defaults(run=_compare)
 
 
@@ -101,6 +101,8 @@ def _tune(args: argparse.Namespace, flags: dict[str, Any], options: dict[str, An
     from adaclip.compare_tune import Tuning, parse_grid
     from adaclip.runs import standard
 
+    if args.export is not None:
+        raise ValueError("--export must be left out with --tune, which makes no report")
     shared = {name: value for name, value in flags.items() if name != "validation"}
     tuning = Tuning(
         args.out,

@@ -57,8 +57,13 @@ class Tables(NamedTuple):
 # --- flags ----------------------------------------------------------------------------------------------
 
 
-def add_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()) -> None:
-    """Add a flag for every setting not in `without`. Flags that are not given leave no trace in the namespace."""
+def add_flags(
+    parser: argparse.ArgumentParser, without: Collection[str] = (), hidden: Collection[str] = ()
+) -> None:
+    """Add a flag for every setting not in `without`; --help does not show those in `hidden`.
+
+    Flags that are not given leave no trace in the namespace.
+    """
     for name, spec in _FIELDS.items():
         if name in without:
             continue
@@ -76,6 +81,8 @@ def add_flags(parser: argparse.ArgumentParser, without: Collection[str] = ()) ->
                 options["metavar"] = meta["metavar"]
             if spec.default not in (None, MISSING):
                 options["help"] += f" (default {spec.default})"
+        if name in hidden:
+            options["help"] = argparse.SUPPRESS
         parser.add_argument("--" + name.replace("_", "-"), **options)
 
 

@@ -283,6 +283,8 @@ def test_the_command_line_shows_errors_as_paragraphs(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("adaclip compare: error: scheme must be one of")
     assert main(["compare", "--out", str(tmp_path / "o"), "--lr", "1"]) == 2
     assert "put lr into a table [scheme.NAME]" in capsys.readouterr().err
+    assert main(["compare", "--out", str(tmp_path / "o"), "--tune", "lr=1", "--export", "x"]) == 2
+    assert "--export must be left out with --tune" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 
 
