@@ -96,8 +96,20 @@ SCHEMES: dict[str, Scheme] = {
     "adaptive-no-ema": Scheme("adaptive without averaged weights", {"ema": 0.0}, "adaptive"),
 }
 ABLATIONS = tuple(name for name, scheme in SCHEMES.items() if scheme.base == "adaptive")
-# What some scheme decides. Not the budget: only the run without privacy has none.
-OWNED = frozenset(key for scheme in SCHEMES.values() for key in scheme.settings) - {"noise_multiplier", "ema"}
+_DETAILS = (
+    "clip_rate",
+    "quantile_noise",
+    "group_noise",
+    "count_noise",
+    "filter_gain",
+    "norm_schedule",
+    "noise_schedule",
+)
+# What schemes decide, or a [scheme.NAME] table for one. Not the budget: only the run without privacy has none.
+OWNED = frozenset(key for scheme in SCHEMES.values() for key in scheme.settings).union(_DETAILS) - {
+    "noise_multiplier",
+    "ema",
+}
 
 
 def chain(name: str) -> list[str]:
