@@ -8,6 +8,7 @@ from tiny_runs import SETTINGS, write_mnist
 
 from adaclip.accounting import Event, Ledger, SubsampledGaussian
 from adaclip.runs import RunFolder
+from adaclip.schemes import SCHEMES
 from adaclip.train import Training
 from adaclip.train_sources import resolve
 
@@ -143,3 +144,20 @@ def test_a_noise_schedule_of_many_values_continues_after_steps_that_were_lost(tm
     assert second.step == 39
     assert second.engine.accountant.history == planned
     assert second.engine.get_epsilon(config.delta) <= 3.0
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_takes_its_steps_within_the_budget(tmp_path, digits, scheme):
+    shared = {k: v for k, v in SETTINGS.items() if k not in ("optimizer", "lr", "epsilon", "ema")}
+    config = resolve(shared | {"data_dir": str(digits), "scheme": scheme, "steps": 2})
+    training = Training(config, RunFolder.create(tmp_path / "run"))
+    before = [p.detach().clone() for p in training.model.parameters()]
+    summary = training.run(quiet=True)
+    assert all(not torch.equal(p, q) for p, q in zip(before, training.model.parameters(), strict=True))
+    assert all(bool(p.isfinite().all()) for p in training.model.parameters())
+    assert training.folder.read_config()["train"]["scheme"] == scheme
+    if scheme == "non-private":
+        assert summary["epsilon"] == float("inf")
+        assert any("nothing of this run is private" in note for note in training.notes)
+    else:
+        assert 2.5 < summary["epsilon"] <= 3.0
