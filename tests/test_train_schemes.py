@@ -155,7 +155,10 @@ def test_every_scheme_takes_its_steps_within_the_budget(tmp_path, digits, scheme
     summary = training.run(quiet=True)
     assert all(not torch.equal(p, q) for p, q in zip(before, training.model.parameters(), strict=True))
     assert all(bool(p.isfinite().all()) for p in training.model.parameters())
-    assert training.folder.read_config()["train"]["scheme"] == scheme
+    saved = training.folder.read_config()
+    assert saved["train"]["scheme"] == scheme
+    assert saved["run"]["clipping"]["name"] == training.optimizer.clipping.name
+    assert (saved["run"]["groups"] is None) == (config.groups == "off")
     if scheme == "non-private":
         assert summary["epsilon"] == float("inf")
         assert any("nothing of this run is private" in note for note in training.notes)
