@@ -1,25 +1,55 @@
-"""Checks of what `PrivacyEngine.make_private` is given, before anything is changed."""
+"""What `PrivacyEngine.make_private` makes of its arguments, and their checks, before anything is changed."""
 
 from __future__ import annotations
 
-import math
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
+from adaclip import ops
+from adaclip.epochs import EpochLoader
 from adaclip.errors import UnsupportedModuleError
+from adaclip.groups import LabelGroups
 from adaclip.layers import ReplacedForward
 from adaclip.optimizer import DPOptimizer
+from adaclip.sampler import PoissonLoader
+from adaclip.schedules import Schedule, check_schedule
+from adaclip.step_release import check_noise
 from adaclip.validation import validate
 
-__all__ = ["check_model", "check_noise", "check_optimizer", "check_single_process"]
+__all__ = ["check_model", "check_optimizer", "check_options", "check_single_process", "make_loader"]
 
 
-def check_noise(noise_multiplier: float) -> None:
-    if isinstance(noise_multiplier, bool) or not isinstance(noise_multiplier, (int, float)):
-        raise TypeError(f"noise_multiplier must be a number, got {noise_multiplier!r}")
-    if not 0 <= noise_multiplier < math.inf:
-        raise ValueError(f"noise_multiplier must be finite and at least 0, got {noise_multiplier!r}")
+def check_options(
+    *,
+    noise_multiplier: float,
+    noise_schedule: Schedule | None,
+    poisson_sampling: bool,
+    groups: LabelGroups | None,
+    labels: Callable | None,
+    backend: str,
+    loss_reduction: str,
+) -> None:
+    """The options that no other part of the engine checks."""
+    check_noise(noise_multiplier)
+    ops.check_backend(backend)
+    if loss_reduction not in ("mean", "sum"):
+        raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
+    if check_schedule(noise_schedule, "noise_schedule") is not None and not poisson_sampling:
+        raise ValueError(
+            "noise_schedule must be None for shuffled batches, whose noise may not fall within an epoch, "
+            f"got {noise_schedule}"
+        )
+    if groups is not None and not isinstance(groups, LabelGroups):
+        raise TypeError(f"groups must be an adaclip.groups.LabelGroups or None, got {type(groups).__name__}")
+    if labels is not None and groups is None:
+        raise ValueError(f"labels must be None without groups, got {labels!r}")
+    if labels is not None and not callable(labels):
+        raise TypeError(f"labels must be callable or None, got {type(labels).__name__}")
 
 
 def check_single_process() -> None:
@@ -58,3 +88,20 @@ def check_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer) -> None
         raise ValueError(f"optimizer must hold parameters of module only, got {foreign} that are not")
     if not any(p.requires_grad for p in held):
         raise ValueError("optimizer must hold at least one parameter that requires gradients")
+
+
+def make_loader(
+    data_loader: DataLoader, poisson_sampling: bool, **options: Any
+) -> PoissonLoader | EpochLoader:
+    """The private loader of an ordinary one; warns where it has no amplification by sampling."""
+    if isinstance(data_loader, (PoissonLoader, EpochLoader)):
+        raise TypeError("data_loader must be an ordinary DataLoader, got one that is private already")
+    if poisson_sampling:
+        return PoissonLoader.from_data_loader(data_loader, **options)
+    loader = EpochLoader(data_loader, **options)
+    warnings.warn(
+        "shuffled batches have no privacy amplification by sampling: every epoch costs as much as one "
+        "step on the whole data set. poisson_sampling=True cures it",
+        stacklevel=3,
+    )
+    return loader

@@ -1,4 +1,4 @@
-"""From settings to objects: data, model, optimizer, learning rate, moving average."""
+"""From settings to objects: data, model, optimizer, learning rate, clipping and what else a step does."""
 
 from __future__ import annotations
 
@@ -6,21 +6,47 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import nn
 
 from adaclip import data, models
+from adaclip.clipping import (
+    AdaptiveClipping,
+    AutomaticClipping,
+    Clipping,
+    DCSGDClipping,
+    FlatClipping,
+    PerLayerClipping,
+    PSACClipping,
+)
 from adaclip.data import ImageData
-from adaclip.train_config import TrainConfig
+from adaclip.groups import LabelGroups
+from adaclip.planning import quantized
+from adaclip.schedules import Cosine, Exponential, Linear, Schedule
+from adaclip.smoothing import DiSK, DPAdamBC, NoiseCorrectedNadam, SmoothedLoss
+from adaclip.train_config import TrainConfig, schedule_parts
 
-__all__ = ["build_model", "build_optimizer", "learning_rate", "load_data", "moving_average", "pick_device"]
+__all__ = [
+    "build_clipping",
+    "build_model",
+    "build_optimizer",
+    "learning_rate",
+    "load_data",
+    "pick_device",
+    "privacy_options",
+]
 
 _OPTIMIZERS = {
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "nadam": torch.optim.NAdam,
+    "noise-nadam": NoiseCorrectedNadam,
+    "adambc": DPAdamBC,
+    "disk": DiSK,
 }
+# What `floor` is called by the optimizers that have one.
+_FLOORS = {"noise-nadam": "floor", "adambc": "gamma"}
+_SCHEDULES = {"linear": Linear, "exponential": Exponential, "cosine": Cosine}
 
 
 def learning_rate(config: TrainConfig, step: int, total: int) -> float:
@@ -69,20 +95,64 @@ def build_model(config: TrainConfig, images: ImageData, device: torch.device) ->
 
 def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The torch optimizer of the settings over all parameters."""
-    options = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    options: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
     if config.optimizer == "sgd":
         options["momentum"] = config.momentum
+    if config.optimizer == "disk":
+        options["kappa"] = config.filter_gain
+    if config.optimizer in _FLOORS and config.floor is not None:
+        options[_FLOORS[config.optimizer]] = config.floor
     return _OPTIMIZERS[config.optimizer](model.parameters(), **options)
 
 
-def moving_average(model: nn.Module, decay: float) -> AveragedModel:
-    """A copy of the model for the average of its weights, which forgets the random start.
+def build_clipping(config: TrainConfig, total: int) -> Clipping:
+    """The clipping strategy of the settings, for a run of `total` steps."""
+    norm = config.max_grad_norm
+    quantile = {"quantile": config.quantile, "rate": config.clip_rate, "sigma_b": config.quantile_noise}
+    if config.clipping == "flat":
+        return FlatClipping(norm, schedule=_schedule("norm_schedule", config.norm_schedule, total))
+    if config.clipping == "per_layer":
+        return PerLayerClipping(norm)
+    if config.clipping == "per_layer_adaptive":
+        return PerLayerClipping(norm, **quantile)
+    if config.clipping == "adaptive":
+        return AdaptiveClipping(norm, **quantile)
+    if config.clipping == "automatic":
+        return AutomaticClipping(norm)
+    if config.clipping == "psac":
+        return PSACClipping(norm)
+    criterion = "error" if config.clipping == "dc_sgd_error" else "percentile"
+    return DCSGDClipping(norm, criterion=criterion, percentile=config.quantile, sigma_h=config.quantile_noise)
 
-    The n-th update (from 0) uses decay min(decay, (1 + n) / (10 + n)). Post-processing: no privacy cost.
+
+def _schedule(name: str, text: str, total: int) -> Schedule | None:
+    parts = schedule_parts(name, text)
+    return None if parts is None else _SCHEDULES[parts[0]](1.0, parts[1], total)
+
+
+def privacy_options(
+    config: TrainConfig, images: ImageData, total: int, diagnostics: bool = False
+) -> dict[str, Any]:
+    """The arguments of `PrivacyEngine.make_private` that say what a step releases, and where gradients are taken.
+
+    total: steps of the run; diagnostics: keep private statistics of the label groups for whoever may see the data.
     """
-
-    def update(averaged: Any, current: Any, count: Tensor) -> None:
-        n = int(count)
-        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, count)
-
-    return AveragedModel(model, multi_avg_fn=update)
+    noise = _schedule("noise_schedule", config.noise_schedule, total)
+    options: dict[str, Any] = {
+        "clipping": build_clipping(config, total),
+        # As the engine plans it: a resumed run has no plan of its own to make, and must book the same values.
+        "noise_schedule": None if noise is None else quantized(noise, total),
+        "views_per_sample": config.views,
+        "augmentation": config.augment,
+    }
+    if config.groups != "off":
+        options["groups"] = LabelGroups(
+            config.groups,
+            groups=images.num_classes,
+            sigma_s=config.group_noise,
+            sigma_n=config.count_noise,
+            diagnostics=diagnostics,
+        )
+    if config.smoothing:
+        options["smoothing"] = SmoothedLoss(config.smoothing, signal=config.smoothing_signal)
+    return options

@@ -1,56 +1,152 @@
 """Random views of a batch of images: each drawn for its own image, from numbers that no image decides.
 
-A view replaces its image before the gradient is clipped, so a sample still contributes once, at most C. The
-numbers go by position in the batch: without one image, every later one gets another view. Only while the
+Views replace their image before its gradient is clipped, so a sample still contributes once, at most C: one view
+of each, or several whose gradients are averaged (De et al. 2022, arXiv 2204.13650, augmentation multiplicity).
+The numbers go by position in the batch: without one image, every later one gets other views. Only while the
 generator is secret does a view tell nothing about the others; one with a known seed would let a single image
 move many contributions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["AUGMENTATIONS", "augment"]
+from adaclip.batches import BatchInfo, check_count, repeat_rows
+from adaclip.noise import STREAM_VIEWS, NoiseSource
 
-AUGMENTATIONS = ("none", "shift", "flip", "shift-flip")
+__all__ = ["AUGMENTATIONS", "Augmentation", "Views", "augment", "check_augmentation"]
+
+AUGMENTATIONS = ("none", "shift", "flip", "shift-flip", "crop", "crop-flip")
+Augmentation = str | Callable[[Tensor, torch.Generator], Tensor]
 # Pixels of the largest shift, as a share of the image's side: 4 of 32, 3 of 28.
 _SHIFT = 1 / 8
+# Pixels that the image is padded with on each side before a crop of its own size.
+_PADDING = 4
 
 
-def augment(images: Tensor, kind: str, generator: torch.Generator) -> Tensor:
-    """One random view of every image.
+def augment(images: Tensor, kind: str, generator: torch.Generator, views: int = 1) -> Tensor:
+    """Random views of every image.
 
     Args:
-        images: [B, C, H, W], any dtype.
-        kind: "none"; "shift": by up to an eighth of each side, edges reflected; "flip": left-right with
-            probability 1/2; "shift-flip": both.
+        images: [B, C, H, W], any dtype, any device.
+        kind: "none"; "shift": by up to an eighth of each side, edges reflected; "crop": of the image's size from
+            the image padded by 4 pixels on each side, reflected; "flip": left-right with probability 1/2;
+            "shift-flip", "crop-flip": both.
         generator: on the CPU, where the numbers are drawn; never start it from a known seed in a private run.
+        views: V, how many of each.
 
     Returns:
-        [B, C, H, W] of the same dtype; `images` itself for "none".
+        [B V, C, H, W] of the same dtype, on the same device: view v of image b is row b V + v. `images` itself
+        for one view of "none".
     """
     if kind not in AUGMENTATIONS:
         raise ValueError(f"kind must be one of {', '.join(AUGMENTATIONS)}, got {kind!r}")
+    if images.dim() != 4:
+        raise ValueError(f"images must be [B, C, H, W], got {tuple(images.shape)}")
     if kind == "none":
-        return images
-    b, _, height, width = images.shape
-    rows = _sources(b, height, "shift" in kind, generator)
-    columns = _sources(b, width, "shift" in kind, generator)
+        return images if views == 1 else images.repeat_interleave(views, dim=0)
+    count, height, width = images.shape[0] * views, *images.shape[2:]
+    rows = _sources(count, height, kind, generator)
+    columns = _sources(count, width, kind, generator)
     if "flip" in kind:
-        flipped = torch.randint(2, (b, 1), generator=generator).bool()
+        flipped = torch.randint(2, (count, 1), generator=generator, device="cpu").bool()
         columns = torch.where(flipped, columns.flip(1), columns)
-    rows, columns = rows.to(images.device), columns.to(images.device)
-    at = torch.arange(b, device=images.device)[:, None, None]
-    # Indexing around the channel dimension puts it last.
-    return images[at, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    positions = (rows[:, :, None] * width + columns[:, None, :]).reshape(count, 1, -1).to(images.device)
+    flat = images.flatten(2).repeat_interleave(views, dim=0) if views > 1 else images.flatten(2)
+    return flat.gather(2, positions.expand(-1, images.shape[1], -1)).reshape(count, *images.shape[1:])
 
 
-def _sources(b: int, side: int, shifted: bool, generator: torch.Generator) -> Tensor:
-    """int64 [B, side]: where each position of the view is taken from."""
-    positions = torch.arange(side).expand(b, side)
-    most = int(side * _SHIFT)
-    if not shifted or most == 0:
+def _sources(count: int, side: int, kind: str, generator: torch.Generator) -> Tensor:
+    """int64 [count, side]: where each position of a view is taken from."""
+    positions = torch.arange(side, device="cpu").expand(count, side)
+    most = 0
+    if "shift" in kind:
+        most = int(side * _SHIFT)
+    elif "crop" in kind:
+        # A reflection does not reach beyond the image.
+        most = min(_PADDING, side - 1)
+    if most == 0:
         return positions
-    moved = (positions + torch.randint(-most, most + 1, (b, 1), generator=generator)).abs()
+    offsets = torch.randint(-most, most + 1, (count, 1), generator=generator, device="cpu")
+    moved = (positions + offsets).abs()
     return side - 1 - (side - 1 - moved).abs()
+
+
+def check_augmentation(augmentation: Augmentation | None) -> None:
+    """Raise TypeError or ValueError unless `augmentation` is None, a name of `AUGMENTATIONS`, or callable."""
+    if isinstance(augmentation, str):
+        if augmentation not in AUGMENTATIONS:
+            names = ", ".join(AUGMENTATIONS)
+            raise ValueError(f"augmentation must be callable or one of {names}, got {augmentation!r}")
+    elif augmentation is not None and not callable(augmentation):
+        raise TypeError(f"augmentation must be callable or a name, got {type(augmentation).__name__}")
+
+
+class Views:
+    """Makes the views of a private loader's batches.
+
+    Every sample becomes V rows, one after the other, so that row b V + v of every tensor is view v of sample b;
+    the images are augmented, everything else (labels) is repeated. The images are the batch itself or its first
+    element.
+
+    Args:
+        count: V, at least 1.
+        augmentation: None (nothing is drawn); a name of `AUGMENTATIONS`; or a function (images [B V, C, …], the
+            samples repeated; a CPU generator) -> the views, row by row as many. It must make each row of that
+            row alone, with numbers of the generator that no image decides: a sample's views may depend neither
+            on other samples nor on how many there are.
+        source: where the generator of each logical batch comes from, at the address (its step, STREAM_VIEWS).
+
+    Raises:
+        TypeError, ValueError: for arguments as described; from `make`, for batches without such images.
+    """
+
+    def __init__(self, count: int, augmentation: Augmentation | None, source: NoiseSource) -> None:
+        check_count("views", count)
+        check_augmentation(augmentation)
+        self.count = count
+        self._augmentation = None if augmentation == "none" else augmentation
+        self._source = source
+        self._generator: torch.Generator | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether `make` changes anything."""
+        return self.count > 1 or self._augmentation is not None
+
+    def make(self, batch: Any, info: BatchInfo) -> Any:
+        """The views of a batch that has a row for each of `info.padded_rows` samples."""
+        if self._augmentation is None:
+            return batch if self.count == 1 else repeat_rows(batch, info.padded_rows, self.count)
+        if info.first or self._generator is None:
+            self._generator = self._source.generator(info.step, STREAM_VIEWS)
+        if isinstance(batch, Tensor):
+            return self._augmented(batch, info.padded_rows)
+        if not isinstance(batch, (tuple, list)) or not batch or not isinstance(batch[0], Tensor):
+            raise ValueError(
+                "augmentation needs images as the batch or as its first element, got a batch that is "
+                f"a {type(batch).__name__}"
+            )
+        images = self._augmented(batch[0], info.padded_rows)
+        parts = [images, *(repeat_rows(part, info.padded_rows, self.count) for part in batch[1:])]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+
+    def _augmented(self, images: Tensor, rows: int) -> Tensor:
+        if images.dim() == 0 or images.shape[0] != rows:
+            raise ValueError(
+                f"augmentation needs one image a sample ({rows} samples), got images of shape {tuple(images.shape)}"
+            )
+        if isinstance(self._augmentation, str):
+            return augment(images, self._augmentation, self._generator, self.count)
+        views = self._augmentation(images.repeat_interleave(self.count, dim=0), self._generator)
+        expected = rows * self.count
+        if not isinstance(views, Tensor) or views.dim() == 0 or views.shape[0] != expected:
+            got = tuple(views.shape) if isinstance(views, Tensor) else type(views).__name__
+            raise ValueError(
+                f"augmentation must return a tensor of {expected} rows, one for each view, got {got}"
+            )
+        return views

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,11 +15,12 @@ from torch.utils.data import (
     DataLoader,
     DistributedSampler,
     IterableDataset,
-    Subset,
     SubsetRandomSampler,
-    TensorDataset,
     get_worker_info,
 )
+
+if TYPE_CHECKING:
+    from adaclip.augment import Views
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,15 @@ class BatchInfo:
         rows: number of real examples. They are rows ``0 .. rows-1``; it is 0 when the logical batch is
             empty. Private: the realised size of a Poisson batch may not be published.
         padded_rows: number of rows in all (at least 1). Rows ``rows .. padded_rows-1`` are padding (zeros)
-            and must get zero weight.
+            and must get zero weight. Both count examples: the loop gets `views` times as many rows.
         first: whether this is the first physical batch of its logical batch. Seeing ``first`` while an
             earlier logical batch is unfinished means that the user abandoned that one: drop its partial sum.
         last: whether this is the last physical batch of its logical batch.
         step: index of the logical batch, counted since the loader was created (over all epochs).
         epoch: index of the epoch, counted since the loader was created.
         first_step_of_epoch: whether the logical batch is the first of its epoch.
+        views: rows of the batch that belong to one example, one after the other: view v of example b is row
+            ``b * views + v``, and ``[: rows * views]`` are those of real examples.
     """
 
     rows: int
@@ -48,6 +51,7 @@ class BatchInfo:
     step: int
     epoch: int
     first_step_of_epoch: bool
+    views: int = 1
 
 
 class LoaderBase:
@@ -57,17 +61,25 @@ class LoaderBase:
         current: the physical batch yielded last, which the loop is processing now (also when workers are
             already preparing later ones). None before the first batch and after an epoch has ended. It
             survives a ``break``, so that ``x, y = next(iter(loader))`` can be followed by a step.
+        on_batch: called with what `current` becomes, before the loop gets the batch.
+        labels_of: what reads the labels off a batch (`class_labels`, or a function of the user's): one integer
+            an example, padding included, before views are made of it. None: nobody needs them.
+        labels: int64 [padded_rows], the labels of the current batch; None without `labels_of`. Private.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, views: Views) -> None:
         self.current: BatchInfo | None = None
+        self.labels: Tensor | None = None
+        self.labels_of: Callable[[Any], Tensor] | None = None
+        self._views = views
+        self.on_batch: Callable[[BatchInfo | None], None] | None = None
         self._step = 0
         self._epoch = 0
         self._iteration = 0
 
     def _begin(self) -> int:
         """Start a new iteration, which ends any other, and return its ticket."""
-        self.current = None
+        self._announce(None)
         self._iteration += 1
         return self._iteration
 
@@ -79,10 +91,26 @@ class LoaderBase:
                 "only the latest iterator of a loader may be used"
             )
 
-    def _publish(self, info: BatchInfo) -> None:
+    @property
+    def views(self) -> int:
+        """Rows that each example becomes."""
+        return self._views.count
+
+    def _deliver(self, batch: Any, info: BatchInfo) -> Any:
+        """Publish a batch that has one row an example; return what the loop gets of it."""
+        labels = None
+        if self.labels_of is not None:
+            labels = _checked_labels(self.labels_of(batch), info.padded_rows)
+        made = self._views.make(batch, info)
         self._step = info.step + 1
         self._epoch = info.epoch + 1
-        self.current = info
+        self._announce(info, labels)
+        return made
+
+    def _announce(self, info: BatchInfo | None, labels: Tensor | None = None) -> None:
+        self.current, self.labels = info, labels
+        if self.on_batch is not None:
+            self.on_batch(info)
 
     def _load_counters(self, state: Mapping[str, Any]) -> None:
         # Forward only: going back would draw again from a keystream position that has been used.
@@ -177,6 +205,13 @@ def slice_rows(batch: Any, rows: int, start: int, stop: int) -> Any:
     return _map_rows(lambda t: t[start:stop], batch, rows, "split")
 
 
+def repeat_rows(batch: Any, rows: int, times: int) -> Any:
+    """Return `batch` (`rows` rows) with each row `times` times, one after the other."""
+    if times == 1:
+        return batch
+    return _map_rows(lambda t: t.repeat_interleave(times, dim=0), batch, rows, "repeated")
+
+
 def pin_rows(batch: Any) -> Any:
     """Return `batch` in page-locked memory; what is not a CPU tensor stays as it is."""
 
@@ -224,43 +259,25 @@ class Finisher:
         return (pad_rows(batch, rows, total) if total > rows else batch), rows
 
 
-class TensorColumns:
-    """Batches gathered straight from tensors [N, …], without a copy of the data or a per-example collate."""
+# ---- labels
 
-    def __init__(self, tensors: tuple[Tensor, ...], pack: Callable, index: Tensor | None = None) -> None:
-        for i, tensor in enumerate(tensors):
-            if tensor.dim() == 0 or tensor.shape[0] != tensors[0].shape[0]:
-                shapes = [tuple(t.shape) for t in tensors]
-                raise ValueError(f"dataset tensors must share dimension 0, got shapes {shapes} (tensor {i})")
-        self._tensors, self._pack, self._index = tensors, pack, index
 
-    def __len__(self) -> int:
-        return len(self._tensors[0] if self._index is None else self._index)
+def class_labels(batch: Any) -> Tensor:
+    """The second element of a (inputs, labels) batch."""
+    if not isinstance(batch, (tuple, list)) or len(batch) < 2 or not isinstance(batch[1], Tensor):
+        raise ValueError(
+            "labels= must be given: a batch is not (inputs, labels, …) with a tensor of labels, but "
+            f"a {type(batch).__name__}"
+        )
+    return batch[1]
 
-    def select(self, indices: Tensor) -> Any:
-        """Return the examples `indices` (int64 [B], on the CPU) in the container that the data came in."""
-        rows = indices if self._index is None else self._index[indices]
-        return self._pack([t.index_select(0, rows.to(t.device)) for t in self._tensors])
 
-    @classmethod
-    def of(cls, dataset: Any) -> TensorColumns | None:
-        """Return the columns of a tensor, TensorDataset, or tuple or list of tensors, else None.
-
-        A `Subset` of a TensorDataset is gathered through its indices.
-        """
-        if isinstance(dataset, Tensor):
-            return cls((dataset,), lambda columns: columns[0])
-        if type(dataset) in (tuple, list) and dataset and all(isinstance(t, Tensor) for t in dataset):
-            return cls(tuple(dataset), type(dataset))
-        index = None
-        while type(dataset) is Subset:
-            outer = torch.as_tensor(dataset.indices, dtype=torch.int64)
-            if bool((outer < 0).any()):
-                return None
-            index = outer if index is None else outer[index]
-            dataset = dataset.dataset
-        # The exact type: a subclass may override what an item is. A list is what torch's collate returns.
-        return cls(dataset.tensors, list, index) if type(dataset) is TensorDataset else None
+def _checked_labels(labels: Any, rows: int) -> Tensor:
+    """int64 [rows], or a ValueError that names the argument which says where labels are."""
+    if not isinstance(labels, Tensor) or labels.shape != (rows,) or labels.is_floating_point():
+        got = f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(f"labels= must give one integer per example of the batch ({rows}), got {got}")
+    return labels.long()
 
 
 # ---- arguments
@@ -326,14 +343,25 @@ def check_data_loader(loader: Any, samplers: tuple[type, ...], instead: str) -> 
         )
 
 
-def check_split(max_batch_size: int | None, pad_to: int | str | None) -> None:
-    """Check the two arguments that shape physical batches."""
+def check_split(max_batch_size: int | None, pad_to: int | str | None, views: int = 1) -> int | None:
+    """Check the arguments that shape physical batches; return the most examples of one, None for any number.
+
+    `max_batch_size` counts the rows that reach the model, `views` of each example; `pad_to` counts examples.
+    """
+    check_count("views", views)
     if max_batch_size is not None:
         check_count("max_batch_size", max_batch_size)
+        if max_batch_size < views:
+            raise ValueError(
+                f"max_batch_size must hold the {views} views of an example, got {max_batch_size}"
+            )
+        max_batch_size //= views
     if isinstance(pad_to, str):
         if pad_to != "auto":
             raise ValueError(f"pad_to must be None, 'auto' or an int, got {pad_to!r}")
     elif pad_to is not None:
         check_count("pad_to", pad_to)
         if max_batch_size is not None and pad_to < max_batch_size:
-            raise ValueError(f"pad_to must be at least max_batch_size = {max_batch_size}, got {pad_to}")
+            at_least = f"max_batch_size = {max_batch_size}" if views == 1 else f"{max_batch_size} examples"
+            raise ValueError(f"pad_to must be at least {at_least}, got {pad_to}")
+    return max_batch_size

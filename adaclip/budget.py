@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from adaclip.accounting import Event, Ledger, Release
@@ -18,7 +18,7 @@ class Budget:
 
     Two rules, one for each way of training:
 
-    * **a plan**: `count` equal releases, fixed in advance and certified as a whole by the accountant that
+    * **a plan**: releases fixed in advance, one by one, and certified as a whole by the accountant that
       calibrated them. Each of them is allowed, in order, and nothing else is. Training may end early, on
       whatever grounds: the whole plan is paid for. No accountant is asked on the way.
     * **a filter**, without a plan: a release is allowed if epsilon at delta, with the release, is within the
@@ -33,18 +33,22 @@ class Budget:
     Args:
         epsilon: > 0, finite.
         delta: in (0, 1).
-        plan: (release, count), or None for the filter.
+        plan: (release, count) pairs in their order, at least one release; or None for the filter.
 
     Raises:
-        ValueError: epsilon or delta out of range.
+        ValueError: epsilon or delta out of range, an empty plan.
     """
 
-    def __init__(self, epsilon: float, delta: float, plan: Event | None = None):
+    def __init__(self, epsilon: float, delta: float, plan: Sequence[Event] | None = None):
         if not 0 < epsilon < math.inf:
             raise ValueError(f"target_epsilon must be a positive finite number, got {epsilon!r}")
         if not 0 < delta < 1:
             raise ValueError(f"target_delta must be in (0, 1), got {delta!r}")
-        self.epsilon, self.delta, self.plan = float(epsilon), float(delta), plan
+        self.epsilon, self.delta = float(epsilon), float(delta)
+        # A ledger puts equal neighbors together, as the ledger that is compared does.
+        self.plan: list[Event] | None = None if plan is None else _in_a_row(plan).events
+        if self.plan == []:
+            raise ValueError("a budget's plan must hold at least one release, got none")
         self.filter = None if plan is not None else RDPFilter(self.epsilon, self.delta)
 
     def check(self, spent: Ledger, release: Release) -> None:
@@ -59,19 +63,20 @@ class Budget:
             self._check_filter(spent, release)
 
     def _check_plan(self, spent: Ledger, release: Release) -> None:
-        planned, count = self.plan
-        others = [event.release for event in spent.events if event.release != planned]
-        if release != planned or others:
-            raise PrivacyBudgetExceeded(
-                f"the budget (epsilon {self.epsilon:g}, delta {self.delta:g}) was certified for {count} releases of "
-                f"{planned} and nothing else, got {others[0] if others else release}: to change the noise or the "
-                "sampling on the way, use make_private and set_budget, which an RDP filter decides"
-            )
-        done = sum(event.count for event in spent.events)
-        if done >= count:
+        left = _in_a_row(self.plan).after(_in_a_row(spent.events))
+        if left == []:
+            count = sum(event.count for event in self.plan)
             raise PrivacyBudgetExceeded(
                 f"all {count} releases that the budget (epsilon {self.epsilon:g}, delta {self.delta:g}) was "
                 "certified for are spent"
+            )
+        if left is None or left[0].release != release:
+            planned = {event.release for event in self.plan}
+            other = next((event.release for event in spent.events if event.release not in planned), release)
+            raise PrivacyBudgetExceeded(
+                f"the budget (epsilon {self.epsilon:g}, delta {self.delta:g}) was certified for "
+                f"{_listed(self.plan)} and nothing else, got {other} after {spent.steps} steps: to change the noise "
+                "or the sampling on the way, use make_private and set_budget, which an RDP filter decides"
             )
 
     def _check_filter(self, spent: Ledger, release: Release) -> None:
@@ -84,11 +89,8 @@ class Budget:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values: the plan as a ledger of one event, or the filter with its terms."""
-        plan = None
-        if self.plan is not None:
-            # An adjacency that has a guarantee for all kinds; the ledger that is checked has its own.
-            plan = Ledger([self.plan], adjacency="zero_out").state_dict()
+        """Plain values: the plan as a ledger, or the filter with its terms."""
+        plan = None if self.plan is None else _in_a_row(self.plan).state_dict()
         kept = None if self.filter is None else self.filter.state_dict()
         return {"epsilon": self.epsilon, "delta": self.delta, "plan": plan, "filter": kept}
 
@@ -102,10 +104,7 @@ class Budget:
             budget = cls(state["epsilon"], state["delta"])
             budget.filter = RDPFilter.from_state_dict(state["filter"])
             return budget
-        events = Ledger.from_state_dict(plan).events
-        if len(events) != 1:
-            raise ValueError(f"budget plan must be one event, got {events}")
-        return cls(state["epsilon"], state["delta"], events[0])
+        return cls(state["epsilon"], state["delta"], Ledger.from_state_dict(plan).events)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Budget):
@@ -116,3 +115,14 @@ class Budget:
 
     def __repr__(self) -> str:
         return f"Budget(epsilon={self.epsilon}, delta={self.delta}, plan={self.plan})"
+
+
+def _in_a_row(events: Iterable[Event]) -> Ledger:
+    """Events as a ledger, under an adjacency that has a guarantee for all kinds: for comparisons only."""
+    return Ledger(events, adjacency="zero_out")
+
+
+def _listed(plan: list[Event]) -> str:
+    """Three events of the plan at most, in words."""
+    shown = ", then ".join(f"{count} releases of {release}" for release, count in plan[:3])
+    return shown + (f", and {len(plan) - 3} more kinds" if len(plan) > 3 else "")

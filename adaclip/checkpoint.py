@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from adaclip.accounting import Accountant, Ledger
 from adaclip.batches import LoaderBase
+from adaclip.budget import Budget
 from adaclip.optimizer import DPOptimizer
 
-__all__ = ["VERSION", "check_kinds", "check_module", "kinds", "load", "save"]
+__all__ = ["VERSION", "adopt", "check", "collect", "load", "restore", "save"]
 
-VERSION = 2
+VERSION = 3
 
 
 def save(path: str | os.PathLike, state: dict[str, Any]) -> None:
@@ -59,7 +61,86 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
     return state
 
 
-def check_module(saved: dict[str, torch.Tensor], module: nn.Module) -> None:
+def collect(
+    module: nn.Module,
+    optimizer: DPOptimizer,
+    loader: LoaderBase,
+    accountant: Accountant,
+    budget: Budget | None,
+    extra: dict | None,
+) -> dict[str, Any]:
+    """What a checkpoint holds: everything that a run continues from, but the noise key."""
+    return {
+        "module": module.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "accountant": accountant.state_dict(),
+        "kinds": _kinds(optimizer, loader),
+        "parts": {
+            name: None if part is None else {"config": part.config(), "state": part.state_dict()}
+            for name, part in _parts(optimizer).items()
+        },
+        "releases": optimizer.releases,
+        "loader": loader.state_dict(),
+        "budget": None if budget is None else budget.state_dict(),
+        "extra": extra or {},
+    }
+
+
+def check(
+    state: dict[str, Any],
+    module: nn.Module,
+    optimizer: DPOptimizer,
+    loader: LoaderBase,
+    adjacency: str,
+) -> tuple[Ledger, Budget | None]:
+    """Raise ValueError unless `restore` can continue from `state`; returns its ledger and budget."""
+    _check_module(state["module"], module)
+    _check_kinds(state["kinds"], _kinds(optimizer, loader))
+    ledger = Ledger.from_state_dict(state["accountant"])
+    _check_kinds({"adjacency": ledger.adjacency}, {"adjacency": adjacency})
+    for name, part in _parts(optimizer).items():
+        saved = state["parts"][name]
+        if (saved is None) != (part is None):
+            lacks = "the checkpoint has none" if saved is None else "this run has none"
+            raise ValueError(f"{name} must be the checkpoint's, but {lacks}")
+        if part is not None:
+            _check_kinds({name: saved["config"]}, {name: part.config()})
+            part.check_state(saved["state"])
+    budget = None if state["budget"] is None else Budget.from_state_dict(state["budget"])
+    return ledger, budget
+
+
+def restore(state: dict[str, Any], module: nn.Module, optimizer: DPOptimizer, loader: LoaderBase) -> None:
+    """Continue from `state`, which `check` has passed."""
+    for name, part in _parts(optimizer).items():
+        if part is not None:
+            part.load_state_dict(state["parts"][name]["state"])
+    loader.load_state_dict(state["loader"])
+    optimizer.load_state_dict(state["optimizer"])
+    module.load_state_dict(state["module"])
+    optimizer.releases = max(optimizer.releases, state["releases"])
+
+
+def adopt(accountant: Accountant, saved: Ledger) -> None:
+    """Book what the checkpoint's run spent; nothing that the accountant holds is ever forgotten."""
+    if accountant.ledger.after(saved) is not None:
+        # Loaded back into the run it came from: the steps since then were released all the same.
+        return
+    more = saved.after(accountant.ledger)
+    for event in saved.events if more is None else more:
+        accountant.add(*event)
+
+
+def _parts(optimizer: DPOptimizer) -> dict[str, Any]:
+    """What has a config, which must be the checkpoint's, and a state; None where a run has no such thing."""
+    return {
+        "clipping": optimizer.clipping,
+        "groups": optimizer.groups,
+        "smoothing": optimizer.smoothing,
+    }
+
+
+def _check_module(saved: dict[str, torch.Tensor], module: nn.Module) -> None:
     """Raise ValueError unless `saved` fits the module exactly, tensor by tensor."""
     ours = module.state_dict()
     missing, unknown = sorted(ours.keys() - saved.keys()), sorted(saved.keys() - ours.keys())
@@ -72,19 +153,22 @@ def check_module(saved: dict[str, torch.Tensor], module: nn.Module) -> None:
             )
 
 
-def kinds(optimizer: DPOptimizer, loader: LoaderBase) -> dict[str, Any]:
+def _kinds(optimizer: DPOptimizer, loader: LoaderBase) -> dict[str, Any]:
     """What a run may only be continued with: plain values by name."""
+    schedule = optimizer.noise_schedule
     return {
-        "noise_multiplier": optimizer.noise_multiplier,
+        "noise_multiplier": optimizer.base_noise_multiplier,
+        "noise_schedule": None if schedule is None else schedule.state_dict(),
         "optimizer": type(optimizer.original_optimizer).__name__,
         "parameter groups": [len(g["params"]) for g in optimizer.param_groups],
         "loader": type(loader).__name__,
         "data set size": loader.dataset_size,
         "expected batch size": optimizer.expected_batch_size,
+        "views per sample": loader.views,
     }
 
 
-def check_kinds(saved: dict[str, Any], ours: dict[str, Any]) -> None:
+def _check_kinds(saved: dict[str, Any], ours: dict[str, Any]) -> None:
     """Raise ValueError unless `ours` are the checkpoint's."""
     for name, value in ours.items():
         if saved[name] != value:

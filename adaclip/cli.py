@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         args = _parser().parse_args(argv)
+        # For reports that say which command made them.
+        args.argv = list(sys.argv[1:] if argv is None else argv)
     except SystemExit as stop:  # argparse has printed help, the version or the error
         return stop.code if isinstance(stop.code, int) else 2
     try:
@@ -52,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from adaclip.cli_audit import add_audit_parser
+    from adaclip.cli_compare import add_compare_parser
     from adaclip.cli_privacy import add_calibrate_parser, add_epsilon_parser
 
     parser = argparse.ArgumentParser(
@@ -60,12 +63,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"adaclip {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
+    add_compare_parser(commands)
     add_epsilon_parser(commands)
     add_calibrate_parser(commands)
     add_audit_parser(commands)
     _add_bench(commands)
     _add_doctor(commands)
-    for name in ("epsilon", "calibrate", "audit"):
+    for name in ("compare", "epsilon", "calibrate", "audit"):
         command = commands.choices[name]
         command.set_defaults(run=_guarded(command.get_default("run")))
     return parser
@@ -83,16 +87,22 @@ def _guarded(run: Any) -> Any:
 
 
 def _add_train(commands: argparse._SubParsersAction) -> None:
-    from adaclip.train_config import add_flags
+    from adaclip.train_sources import add_flags
 
     parser = commands.add_parser(
         "train",
         help="train a model privately",
         description="Trains a model with differential privacy and keeps the run in a folder. Settings come from "
-        "the data set's shipped config, then --config, then these flags; the last one wins.",
+        "the data set's shipped config, then --config, then these flags; the last one wins. A scheme counts as "
+        "part of whichever of these names it.",
     )
     run = parser.add_argument_group("the run")
-    run.add_argument("--config", type=Path, metavar="FILE.toml", help="settings, in a table [train]")
+    run.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE.toml",
+        help="settings, in the table [train], and of schemes in tables [scheme.NAME]",
+    )
     run.add_argument(
         "--run-dir",
         type=Path,
@@ -147,7 +157,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _start(args: argparse.Namespace, folders: Any) -> Any:
-    from adaclip.train_config import flags_given, resolve
+    from adaclip.train_sources import flags_given, resolve
 
     config = resolve(flags_given(args), args.config)
     # Before torch is imported and data is read: the cheapest mistake to find out about early.
@@ -162,7 +172,7 @@ def _start(args: argparse.Namespace, folders: Any) -> Any:
 
 
 def _resume(args: argparse.Namespace, folders: Any) -> Any:
-    from adaclip.train_config import flags_given, resume_with
+    from adaclip.train_sources import flags_given, resume_with
 
     if args.config is not None:
         raise ValueError(

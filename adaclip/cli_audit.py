@@ -7,6 +7,8 @@ import math
 from functools import partial
 
 _METHODS = ("component", "one-run", "two-run")
+_CLIPPING = ("flat", "per_layer", "adaptive", "automatic", "psac", "dc_sgd")
+_FOLLOWING = ("adaptive", "dc_sgd")
 _CANARIES = {"component": 500, "one-run": 1000, "two-run": 200}
 
 
@@ -48,7 +50,22 @@ def add_audit_parser(subparsers: argparse._SubParsersAction) -> None:
         help="expected batch size / examples (default 0.1)",
     )
     parser.add_argument("--max-grad-norm", type=float, default=2.0, metavar="C", help="default 2")
-    parser.add_argument("--clipping", choices=("flat", "per_layer"), default="flat", help="default flat")
+    parser.add_argument(
+        "--clipping",
+        choices=_CLIPPING,
+        default="flat",
+        help="default flat; where C follows the norms, two more examples of ordinary norms join every canary",
+    )
+    parser.add_argument(
+        "--groups", type=int, metavar="G", help="release the noisy statistics of so many label groups, too"
+    )
+    parser.add_argument(
+        "--side-trials",
+        type=int,
+        default=2000,
+        metavar="N",
+        help="single steps that judge what is released beside the gradient, component only (default 2000)",
+    )
     parser.add_argument("--confidence", type=float, default=0.95, help="of the lower bound (default 0.95)")
     parser.add_argument(
         "--accountant", default="pld", help="of the claim and of the lower bound (default pld)"
@@ -77,8 +94,14 @@ def run_audit(args: argparse.Namespace) -> int:
         raise ValueError(f"--runs is for --method two-run, got --method {args.method}")
     if not 0.0 < args.sample_rate <= 1.0:
         raise ValueError(f"--sample-rate must be in (0, 1], got {args.sample_rate!r}")
-    # The rate is a whole batch over a whole data set: fill up to where a batch holds one example.
-    size = max(canaries, math.ceil(1.0 / args.sample_rate))
+    if args.groups is not None and args.groups < 1:
+        raise ValueError(f"--groups must be at least 1, got {args.groups}")
+    if args.side_trials < 1:
+        raise ValueError(f"--side-trials must be at least 1, got {args.side_trials}")
+    # Canaries are longer than C wherever it goes, so others must keep it down. And the rate is a whole batch
+    # over a whole data set: fill up to where a batch holds one example.
+    size = canaries * (3 if args.clipping in _FOLLOWING else 1)
+    size = max(size, math.ceil(1.0 / args.sample_rate))
     batch_size = max(1, round(args.sample_rate * size))
     sigma = calibrate_noise(
         target_epsilon=args.epsilon,
@@ -98,10 +121,9 @@ def run_audit(args: argparse.Namespace) -> int:
     build = partial(
         EngineStep,
         noise_multiplier=sigma,
-        batch_size=batch_size,
-        max_grad_norm=args.max_grad_norm,
-        clipping=args.clipping,
+        sample_rate=batch_size / size,
         accountant=args.accountant,
+        **_releases(args, sigma, batch_size),
     )
     common = {
         "steps": args.steps,
@@ -113,7 +135,7 @@ def run_audit(args: argparse.Namespace) -> int:
         "seed": args.seed,
     }
     if args.method == "component":
-        report = component_audit(build, accountant=args.accountant, **common)
+        report = component_audit(build, accountant=args.accountant, side_trials=args.side_trials, **common)
     elif args.method == "one-run":
         report = one_run_audit(build, accountant=args.accountant, **common)
     else:
@@ -123,3 +145,27 @@ def run_audit(args: argparse.Namespace) -> int:
     else:
         Console().print(report)
     return 0 if report.passed else 1
+
+
+def _releases(args: argparse.Namespace, sigma: float, batch_size: int) -> dict[str, object]:
+    """What of `EngineStep`'s arguments says what a step releases.
+
+    The strategies' usual noise, as a number: the audit's small data sets share it. Where the usual one would
+    leave too little of sigma for the gradient, more.
+    """
+    from adaclip.clipping import AdaptiveClipping, DCSGDClipping
+    from adaclip.groups import LabelGroups
+
+    made: dict[str, object] = {"max_grad_norm": args.max_grad_norm, "clipping": args.clipping}
+    if args.clipping == "adaptive":
+        clipping = AdaptiveClipping(args.max_grad_norm, sigma_b=max(batch_size / 20, sigma))
+        made = {"max_grad_norm": None, "clipping": clipping}
+    if args.clipping == "dc_sgd":
+        # Few bins: each is a check of its own.
+        noise = max(8.0, batch_size / 50, 2 * sigma)
+        clipping = DCSGDClipping(args.max_grad_norm, bins=20, sigma_h=noise)
+        made = {"max_grad_norm": None, "clipping": clipping}
+    if args.groups is not None:
+        noise = max(40.0, 3 * sigma)
+        made["groups"] = LabelGroups(groups=args.groups, sigma_s=noise, sigma_n=noise)
+    return made

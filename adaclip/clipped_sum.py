@@ -1,7 +1,8 @@
 """The clipped gradient sum of one logical batch, built up in `p.grad` by one or more backwards.
 
 At the end of each backward: layers' norms -> the strategy's factors -> weighted gradients into
-`p.grad`, already divided by the public expected batch size q N. What ends up there has bounded
+`p.grad`, already divided by the public expected batch size q N; and what the step releases beside the
+gradient is added to `statistics`, which live and die with `p.grad`. What ends up there has bounded
 sensitivity only if every sample went in once, clipped, and nothing else went in: most of this file
 is about noticing when that is not so, before anything is released.
 """
@@ -14,9 +15,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from adaclip import ops
 from adaclip.batches import BatchInfo
-from adaclip.clipping import Clipping
-from adaclip.layers import Layer, Tape, part_from_samples
+from adaclip.clipping import Clipping, Setting
+from adaclip.groups import LabelGroups
+from adaclip.layers import Layer, Part, Tape, part_from_samples
+from adaclip.step_release import Statistics
 
 __all__ = ["ClippedSum"]
 
@@ -27,6 +31,11 @@ class ClippedSum:
     parameters: called for the parameters that are trained, in the order the noise is drawn.
     batch: called for what the private loader says of the batch in hand; None without one.
     denominator: the public expected batch size, q N.
+    groups, labels: the label groups, if any, and what is called for the labels of the batch in hand.
+    views: how many consecutive rows of the model are views of one sample. A sample's gradient is their
+      mean, which is what is clipped.
+
+    Making one changes nothing; `reset` begins its work.
     """
 
     def __init__(
@@ -40,6 +49,9 @@ class ClippedSum:
         denominator: float,
         loss_reduction: str,
         backend: str,
+        groups: LabelGroups | None = None,
+        labels: Callable[[], Tensor | None] | None = None,
+        views: int = 1,
     ):
         self._layers = layers
         self._tape = tape
@@ -48,14 +60,32 @@ class ClippedSum:
         self._denominator = denominator
         self._mean = loss_reduction == "mean"
         self._backend = backend
+        self._labels = labels
+        self._views = views
         self.clipping = clipping
-        owned = {p for layer in layers for p in layer.trainable()}
-        trained = [layer for layer in layers if owned.intersection(layer.trainable(), parameters())]
-        self._groups = clipping.prepare(len(trained))
+        self.groups = groups
+        wanted = set(parameters())
+        trained = [layer for layer in layers if wanted.intersection(layer.trainable())]
+        setting = Setting(
+            layers=len(trained),
+            parameters=tuple(
+                sum(p.numel() for p in wanted.intersection(layer.trainable())) for layer in trained
+            ),
+            expected_batch_size=denominator,
+            device=next(iter(parameters())).device,
+        )
+        self._groups = clipping.bind(setting)
         self._group_of: dict[nn.Parameter, int] = {}
         for k, layer in enumerate(trained):
             for p in layer.parameters():
                 self._group_of.setdefault(p, k if self._groups > 1 else 0)
+        sides = [] if clipping.side is None else [clipping.side]
+        if groups is not None:
+            groups.bind(setting)
+            sides.append(groups)
+        self.statistics = Statistics(sides, setting.device)
+        # The number of the release that this sum is for. Addresses the keystream, so it never goes back.
+        self.release = 0
         # Norms [B] of the last backward's samples, before clipping. Private: for debugging only.
         self.sample_norms: Tensor | None = None
         # How many samples were dropped because their gradient was not finite. Private as well.
@@ -63,14 +93,20 @@ class ClippedSum:
         self._last_forward = 0
         # Why the sum cannot be used, if the last backward did not come to its end.
         self.broken: str | None = None
-        self.reset()
+        self._forget()
 
     # --- the state of the sum ----------------------------------------------------------------------
 
     def reset(self) -> None:
-        """Drop the sum: `p.grad` of every trained parameter becomes None."""
+        """Drop the sum: `p.grad` of every trained parameter becomes None, and the statistics zero."""
         for p in self._parameters():
             p.grad = None
+        self.statistics.clear()
+        self._forget()
+
+    def _forget(self) -> None:
+        # The thresholds this sum is clipped to, once it has begun.
+        self._thresholds: tuple[Tensor, int] | None = None
         self._made: dict[nn.Parameter, tuple[Tensor, int]] = {}
         self._step: int | None = None
         self._physical: BatchInfo | None = None
@@ -78,9 +114,15 @@ class ClippedSum:
         self._complete = False
         self.broken = None
 
-    def holds(self, step: int | None) -> bool:
-        """Whether the sum is (part of) that logical batch's."""
-        return bool(self._made) and self._step == step
+    def begin(self) -> None:
+        """Fix the thresholds of the logical batch in hand; nothing if that is done."""
+        if self._thresholds is None:
+            self.clipping.begin(self.release)
+            self._thresholds = self.clipping.thresholds, self.clipping.thresholds._version
+
+    def holds(self, step: int) -> bool:
+        """Whether the sum is (part of) that logical batch's, if only of rows that trained nothing."""
+        return self._step == step
 
     def group_of(self, parameter: nn.Parameter) -> int:
         """The clipping group of a trained parameter; a new one (unfrozen later) joins group 0."""
@@ -90,6 +132,13 @@ class ClippedSum:
         """Raise RuntimeError unless every `p.grad` is exactly what `finish` left there."""
         if self.broken:
             raise RuntimeError(f"the last backward failed ({self.broken}); call optimizer.zero_grad() first")
+        if self._thresholds is not None:
+            thresholds, version = self._thresholds
+            if self.clipping.thresholds is not thresholds or thresholds._version != version:
+                raise RuntimeError(
+                    "the clipping thresholds were changed between backward() and step(): the noise would no "
+                    "longer cover what was clipped to the old ones"
+                )
         for p in self._parameters():
             made = self._made.get(p)
             if p.grad is None:
@@ -116,8 +165,13 @@ class ClippedSum:
             raise RuntimeError(
                 f"the private loader handed out {info.padded_rows} rows ({info.rows} of them samples), but "
                 f"backward() has seen {self._rows_done}: every sample must come once, as one row along "
-                "dimension 0, from the batch the loader gave last (do not fetch batches ahead)"
+                f"dimension 0{self._and_views()}, from the batch the loader gave last (do not fetch batches ahead)"
             )
+
+    def _and_views(self) -> str:
+        return (
+            "" if self._views == 1 else f" for each of its {self._views} views (rows are counted in samples)"
+        )
 
     def _name_of(self, parameter: nn.Parameter) -> str:
         for layer in self._layers:
@@ -147,7 +201,7 @@ class ClippedSum:
             raise
 
     def _check_uses(self, used: list[Layer]) -> int:
-        """The number of samples of this backward."""
+        """The number of samples of this backward, each with all of its views."""
         # Compiled regions and calls outside the whole model's forward carry no number; for them, and
         # behind this check, the rows are counted.
         forwards = {use.forward for layer in used for use in layer.slot.uses} - {0}
@@ -169,7 +223,12 @@ class ClippedSum:
                 "every layer must see the samples along dimension 0, but they see different numbers of rows: "
                 + ", ".join(f"{n} in {name or 'the model'}" for n, name in sorted(sizes.items()))
             )
-        return next(iter(sizes))
+        samples, rest = divmod(next(iter(sizes)), self._views)
+        if rest:
+            raise RuntimeError(
+                f"backward() has seen {next(iter(sizes))} rows, which must be {self._views} views of every sample"
+            )
+        return samples
 
     def _check_batch(self, rows: int) -> None:
         info = self._batch()
@@ -194,56 +253,87 @@ class ClippedSum:
         self._complete = info.last
 
     def _accumulate(self, used: list[Layer], rows: int) -> None:
-        wanted = set(self._parameters())
         info = self._physical
         real = rows if info is None else max(0, min(rows, info.rows - self._rows_done))
         self._rows_done += rows
+        self.begin()
         if rows == 0:
             self.sample_norms = torch.zeros(0, dtype=torch.float64)
             return
-        parts = []
-        loose: dict[nn.Parameter, Tensor] = {}
-        # Counted now, not at the start: parameters can be tied at any time.
-        owners = Counter(p for layer in used for p in layer.trainable())
-        for layer in used:
-            mine = wanted.intersection(layer.trainable())
-            groups = {self.group_of(p) for p in mine}
-            whole = layer.merge(layer.slot.uses)
-            if whole is not None and len(groups) == 1 and all(owners[p] == 1 for p in mine):
-                parts.append((groups.pop(), layer.measure(whole, mine)))
-            elif mine:
-                # Used twice, or shared: the sample's gradient is the sum over uses, and the norm of a
-                # sum needs the summands themselves.
-                for use in layer.slot.uses:
-                    for p, grads in layer.sample_grads(use, mine).items():
-                        loose[p] = loose[p] + grads if p in loose else grads
-            layer.slot.uses.clear()
-            del whole
-        for p, grads in loose.items():
-            parts.append((self.group_of(p), part_from_samples({p: grads}, self._backend)))
-        loose.clear()
+        parts = self._parts(used)
         if not parts:
             return
         device = parts[0][1].sqnorms.device
         sqnorms = torch.zeros(self._groups, rows, dtype=torch.float64, device=device)
         for k, part in parts:
             sqnorms[k] += part.sqnorms
-        # A mean loss hands out g/B: undo it before clipping.
-        scale = float(rows) if self._mean else 1.0
-        sqnorms *= scale * scale
-        factors = self.clipping.factors(sqnorms)
-        factors[:, real:] = 0.0
-        self.sample_norms = sqnorms[:, :real].sum(0).sqrt()
+        # A mean loss hands out g/(B V) for each of a sample's V views, and the mean over views is wanted.
+        unit = float(rows) if self._mean else 1.0 / self._views
+        thresholds = self.clipping.thresholds
+        outputs = self.statistics.outputs()
+        weights = None
+        if self.groups is not None:
+            outputs["labels"] = labels = self._labels_of(rows).to(device)
+            weights = self.groups.weights(labels, real)
+        factors, norms, shares = ops.clip_factors(
+            sqnorms,
+            thresholds,
+            self.clipping.rule,
+            unit=unit,
+            denominator=self._denominator,
+            real=real,
+            weights=weights,
+            backend=self._backend,
+        )
+        if outputs:
+            ops.sample_statistics(
+                sqnorms, thresholds, unit=unit, real=real, shares=shares, backend=self._backend, **outputs
+            )
+        self.sample_norms = norms[:real]
         self.non_finite = self.non_finite + (~self.sample_norms.isfinite()).sum()
-        factors = (factors * (scale / self._denominator)).float()
-        # A denormal factor has lost the digits that made it safe.
-        factors = torch.where(factors < 2.0**-100, torch.zeros_like(factors), factors)
         # The largest tensors are released first: the weight gradients take their place.
         parts.sort(key=lambda kp: kp[1].held)
         while parts:
             k, part = parts.pop()
             for p, grad in part.weigh(factors[k]):
                 self._add(p, grad)
+
+    def _labels_of(self, rows: int) -> Tensor:
+        """int64 [rows]: the labels of the rows of this backward, the last ones of those seen so far."""
+        labels = self._labels()
+        if labels is None or self._physical is None:
+            raise RuntimeError(
+                "label groups need a batch of the private loader, which hands out the labels: iterate over the "
+                "loader that make_private returned"
+            )
+        return labels[self._rows_done - rows : self._rows_done]
+
+    def _parts(self, used: list[Layer]) -> list[tuple[int, Part]]:
+        """(clipping group, part) of everything that this backward recorded, which is forgotten."""
+        wanted = set(self._parameters())
+        parts: list[tuple[int, Part]] = []
+        loose: dict[nn.Parameter, Tensor] = {}
+        # Counted now, not at the start: parameters can be tied at any time.
+        owners = Counter(p for layer in used for p in layer.trainable())
+        for layer in used:
+            mine = wanted.intersection(layer.trainable())
+            groups = {self.group_of(p) for p in mine}
+            # One after the other: the same uses with views as positions take memory of their own.
+            uses = [layer.fold(use, self._views) for use in layer.slot.uses]
+            layer.slot.uses.clear()
+            whole = layer.merge(uses)
+            if whole is not None and len(groups) == 1 and all(owners[p] == 1 for p in mine):
+                parts.append((groups.pop(), layer.measure(whole, mine)))
+            elif mine:
+                # Used twice, or shared: the sample's gradient is the sum over uses, and the norm of a
+                # sum needs the summands themselves.
+                for use in uses:
+                    for p, grads in layer.sample_grads(use, mine).items():
+                        loose[p] = loose[p] + grads if p in loose else grads
+            del uses, whole
+        for p, grads in loose.items():
+            parts.append((self.group_of(p), part_from_samples({p: grads}, self._backend)))
+        return parts
 
     def _add(self, p: nn.Parameter, grad: Tensor) -> None:
         if p.grad is None:

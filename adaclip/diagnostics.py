@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,8 @@ class Diagnostics:
     """One JSON line per logical step, in the run folder's private subfolder.
 
     step, rows (the realised batch size), loss, accuracy, gradient_norm_quantiles {level: norm},
-    clipped_fraction (flat clipping only), non_finite_samples (of the whole run so far).
+    clipped_fraction (one clipping norm only), non_finite_samples (of the whole run so far), and with label groups
+    group_sums and group_counts (of clipped norms over C, and of samples, without noise).
     """
 
     def __init__(self, folder: RunFolder):
@@ -27,9 +30,20 @@ class Diagnostics:
         """Note one physical batch: [rows] each, real rows only."""
         self._batches.append((losses, correct, norms))
 
-    def write(self, step: int, max_grad_norm: float | None, non_finite: int) -> None:
-        """Write the row of a logical step from the batches noted since the last one."""
+    def write(
+        self,
+        step: int,
+        max_grad_norm: float | None,
+        non_finite: int,
+        groups: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Write the row of a logical step from the batches noted since the last one.
+
+        max_grad_norm: what a threshold clipped to; groups: `LabelGroups.private`.
+        """
         row: dict = {"step": step, "rows": 0, "non_finite_samples": non_finite}
+        for name, values in (groups or {}).items():
+            row[f"group_{name}"] = values.tolist()
         if self._batches:
             losses, correct, norms = (
                 torch.cat(parts).double().cpu() for parts in zip(*self._batches, strict=True)

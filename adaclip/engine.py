@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import math
+import copy
 import os
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from adaclip import checkpoint, ops
-from adaclip.accounting import (
-    Accountant,
-    Event,
-    Ledger,
-    SubsampledGaussian,
-    calibrate_noise,
-    create_accountant,
-)
-from adaclip.arguments import check_model, check_noise, check_optimizer, check_single_process
-from adaclip.batches import BatchInfo
+from adaclip import checkpoint
+from adaclip.accounting import Accountant, SubsampledGaussian, create_accountant
+from adaclip.arguments import check_model, check_optimizer, check_options, check_single_process, make_loader
+from adaclip.augment import Augmentation
+from adaclip.batches import BatchInfo, class_labels
 from adaclip.budget import Budget
 from adaclip.clipped_sum import ClippedSum
 from adaclip.clipping import Clipping, make_clipping
 from adaclip.epochs import EpochLoader
+from adaclip.groups import LabelGroups
 from adaclip.layers import ReplacedForward, RootForward, Tape, build_layers
 from adaclip.noise import NoiseSource
 from adaclip.optimizer import DPOptimizer
+from adaclip.planning import calibrate_schedule, planned_events, planned_releases, quantized
 from adaclip.sampler import PoissonLoader
+from adaclip.schedules import Schedule, check_schedule
+from adaclip.smoothing import EvaluationPoint, SmoothedLoss
 
 __all__ = ["PrivacyEngine"]
 
@@ -83,6 +81,12 @@ class PrivacyEngine:
         max_grad_norm: float | Sequence[float] | None = None,
         poisson_sampling: bool = True,
         clipping: str | Clipping = "flat",
+        noise_schedule: Schedule | None = None,
+        groups: LabelGroups | None = None,
+        labels: Callable[[Any], torch.Tensor] | None = None,
+        smoothing: SmoothedLoss | None = None,
+        views_per_sample: int = 1,
+        augmentation: Augmentation | None = None,
         max_batch_size: int | None = None,
         pad_to: int | str | None = None,
         backend: str = "auto",
@@ -97,12 +101,23 @@ class PrivacyEngine:
             optimizer: any torch optimizer over (a subset of) the module's parameters; SGD, Adam, AdamW
               and NAdam get a fused noise + update pass. Parameters it does not hold are not trained.
             data_loader: an ordinary DataLoader; its batch_size / len(dataset) becomes the sampling rate.
-            noise_multiplier: sigma; noise has standard deviation sigma C. 0 is exact clipped SGD.
+            noise_multiplier: sigma of a whole step. Without statistics beside the gradient, noise has
+              standard deviation sigma C; with them it has more (`adaclip.step_release`). 0 is exact clipped SGD.
             max_grad_norm: C, the clipping norm, 1.0 if left out (a sequence for per-layer clipping: one
               a layer).
             poisson_sampling: False keeps the loader's own shuffled batches, and the accountant then
               books one full-batch release an epoch: no amplification by sampling (with a warning).
-            clipping: "flat", "per_layer" or an `adaclip.clipping` object.
+            clipping: a strategy's name or an `adaclip.clipping` object (which is copied: read the one at
+              work from `optimizer.clipping`).
+            noise_schedule: an `adaclip.schedules` object: release t has the noise multiplier sigma times
+              schedule(t), and is booked with it. For Poisson batches only.
+            groups: label groups, whose noisy statistics every step releases (`adaclip.groups`; copied:
+              `optimizer.groups`).
+            labels: for groups: a batch -> its labels, int64, one an example; None: the second element of it.
+            smoothing: take gradients at randomly moved weights (`adaclip.smoothing`); costs no privacy.
+            views_per_sample: V: the loader yields each example as V rows, one after the other, and what is
+              clipped is the mean of their gradients. A row for each view, in the loader's order.
+            augmentation: what is done to the images of each view, a name or a function (`adaclip.augment`).
             max_batch_size: split logical batches into physical ones of at most so many rows; the loop
               stays as it is, `step` and `zero_grad` act on the last one only.
             pad_to: fill physical batches with zero-weight rows to this size ("auto": the largest that
@@ -120,31 +135,32 @@ class PrivacyEngine:
             changed in either case.
         """
         self._check_free()
-        check_noise(noise_multiplier)
-        ops.check_backend(backend)
-        if loss_reduction not in ("mean", "sum"):
-            raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}")
+        check_options(
+            noise_multiplier=noise_multiplier,
+            noise_schedule=noise_schedule,
+            poisson_sampling=poisson_sampling,
+            groups=groups,
+            labels=labels,
+            backend=backend,
+            loss_reduction=loss_reduction,
+        )
         check_single_process()
         check_model(module)
         check_optimizer(module, optimizer)
         strategy = make_clipping(clipping, max_grad_norm)
         source = NoiseSource(noise_generator)
-        if isinstance(data_loader, (PoissonLoader, EpochLoader)):
-            raise TypeError("data_loader must be an ordinary DataLoader, got one that is private already")
-        loader: PoissonLoader | EpochLoader
-        if poisson_sampling:
-            loader = PoissonLoader.from_data_loader(
-                data_loader, max_batch_size=max_batch_size, pad_to=pad_to, source=source
-            )
-        else:
-            loader = EpochLoader(data_loader, max_batch_size=max_batch_size, pad_to=pad_to)
+        loader = make_loader(
+            data_loader,
+            poisson_sampling,
+            max_batch_size=max_batch_size,
+            pad_to=pad_to,
+            views=views_per_sample,
+            augmentation=augmentation,
+            source=source,
+        )
+        if groups is not None:
+            loader.labels_of = class_labels if labels is None else labels
         accountant = self._accountant_for(poisson_sampling)
-        if not poisson_sampling:
-            warnings.warn(
-                "shuffled batches have no privacy amplification by sampling: every epoch costs as much as one "
-                "step on the whole data set. poisson_sampling=True cures it",
-                stacklevel=2,
-            )
 
         def batch() -> BatchInfo | None:
             return loader.current
@@ -164,7 +180,11 @@ class PrivacyEngine:
             denominator=loader.expected_batch_size,
             loss_reduction=loss_reduction,
             backend=backend,
+            groups=copy.deepcopy(groups),
+            labels=lambda: loader.labels,
+            views=views_per_sample,
         )
+        point = EvaluationPoint.needed(optimizer, smoothing, source)
         self._optimizer = DPOptimizer(
             optimizer,
             clipped_sum,
@@ -173,14 +193,20 @@ class PrivacyEngine:
             source=source,
             book=self._book,
             batch=batch,
+            noise_schedule=noise_schedule,
+            point=point,
         )
+        clipped_sum.reset()
         self._loader, self._module, self.accountant = loader, module, accountant
         for layer in layers:
             layer.attach()
         # Made last: the root may be a layer itself, and then counts around its adapter.
-        root = RootForward(module, tape)
+        root = RootForward(module, tape, nullcontext if point is None else point.away)
         root.attach()
         self._replaced = [root, *layers]
+        if point is not None:
+            point.attach(module)
+            loader.on_batch = self._optimizer.note_batch
         return module, self._optimizer, loader
 
     def make_private_with_epsilon(
@@ -194,12 +220,15 @@ class PrivacyEngine:
         epochs: int | None = None,
         steps: int | None = None,
         poisson_sampling: bool = True,
+        noise_schedule: Schedule | None = None,
         **options: Any,
     ) -> tuple[nn.Module, DPOptimizer, PoissonLoader | EpochLoader]:
         """`make_private` with the noise multiplier that spends (target_epsilon, target_delta) on a schedule.
 
         Args:
             epochs, steps: the planned length; exactly one of them. An epoch is len(loader) logical steps.
+            noise_schedule: as in `make_private`; the noise multiplier that it scales is calibrated for all of
+              the planned releases together. A schedule of more than 32 values is taken as 32 constant pieces.
             options: the other arguments of `make_private`.
 
         The budget is enforced: an `optimizer.step()` that would pass it raises PrivacyBudgetExceeded and
@@ -209,25 +238,17 @@ class PrivacyEngine:
         RDP filter guards the budget (`adaclip.budget.Budget` says which rule is valid when).
         """
         self._check_free()
-        if (epochs is None) == (steps is None):
-            raise ValueError(f"exactly one of epochs and steps must be given, got {epochs=} and {steps=}")
-        length = epochs if steps is None else steps
-        if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-            name = "epochs" if steps is None else "steps"
-            raise ValueError(f"{name} must be a positive integer, got {length!r}")
         if "noise_multiplier" in options:
             raise TypeError("noise_multiplier must not be given: it is calibrated from target_epsilon")
         # Made once more in make_private: here for its checks, and for how it counts an epoch.
-        make = PoissonLoader.from_data_loader if poisson_sampling else EpochLoader
-        planned = make(data_loader)
-        if poisson_sampling:
-            releases = length if epochs is None else length * len(planned)
-        else:
-            releases = length if steps is None else math.ceil(length / len(planned))
-        budget = Budget(target_epsilon, target_delta)
+        planned = (PoissonLoader.from_data_loader if poisson_sampling else EpochLoader)(data_loader)
         sampling = "poisson" if poisson_sampling else "shuffled"
+        releases = planned_releases(epochs, steps, len(planned), sampling)
+        budget = Budget(target_epsilon, target_delta)
+        if check_schedule(noise_schedule, "noise_schedule") is not None:
+            noise_schedule = quantized(noise_schedule, releases)
         spent = self.accountant.history
-        sigma = calibrate_noise(
+        sigma = calibrate_schedule(
             target_epsilon=target_epsilon,
             delta=target_delta,
             sample_rate=planned.sample_rate,
@@ -236,17 +257,19 @@ class PrivacyEngine:
             adjacency=self._accountant_for(poisson_sampling).adjacency,
             sampling=sampling,
             spent=spent,
+            schedule=noise_schedule,
         )
         made = self.make_private(
             module=module,
             optimizer=optimizer,
             data_loader=data_loader,
             noise_multiplier=sigma,
+            noise_schedule=noise_schedule,
             poisson_sampling=poisson_sampling,
             **options,
         )
         if not spent:
-            plan = Event(SubsampledGaussian(planned.sample_rate, sigma, sampling), releases)
+            plan = planned_events(sigma, noise_schedule, releases, planned.sample_rate, sampling)
             budget = Budget(target_epsilon, target_delta, plan)
         self._budget = budget
         return made
@@ -282,6 +305,10 @@ class PrivacyEngine:
             raise RuntimeError("no model is attached to this engine")
         if module is not None and module is not self._module:
             raise ValueError("module must be the one given to make_private")
+        if self._optimizer.smoothing is not None:
+            # First: it raises where a parameter was written to at the evaluation point, and can be called again.
+            self._loader.on_batch = None
+            self._optimizer.smoothing.detach()
         for replaced in self._replaced:
             replaced.detach()
         self._optimizer._sum.reset()
@@ -333,25 +360,13 @@ class PrivacyEngine:
     def save_checkpoint(
         self, path: str | os.PathLike, *, module: nn.Module, optimizer: DPOptimizer, extra: dict | None = None
     ) -> None:
-        """Write model, optimizer, ledger and counters to `path`, atomically.
+        """Write model, optimizer, thresholds and other released state, ledger and counters to `path`, atomically.
 
         The noise key is not in it: a resumed run draws a new one. `extra`: plain values of your own.
         """
         self._check_attached(module, optimizer)
-        checkpoint.save(
-            path,
-            {
-                "module": module.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "accountant": self.accountant.state_dict(),
-                "clipping": optimizer._sum.clipping.state_dict(),
-                "kinds": checkpoint.kinds(optimizer, self._loader),
-                "releases": optimizer.releases,
-                "loader": self._loader.state_dict(),
-                "budget": self._budget.state_dict() if self._budget else None,
-                "extra": extra or {},
-            },
-        )
+        loader, budget = self._loader, self._budget
+        checkpoint.save(path, checkpoint.collect(module, optimizer, loader, self.accountant, budget, extra))
 
     def load_checkpoint(
         self, path: str | os.PathLike, *, module: nn.Module, optimizer: DPOptimizer
@@ -359,34 +374,18 @@ class PrivacyEngine:
         """Continue from `path`; returns the `extra` it was saved with. Loading executes no code.
 
         Raises ValueError, with nothing changed, if the file is damaged or of another version, or belongs
-        to another model, optimizer, clipping, noise multiplier or data set.
+        to another model, optimizer, clipping, groups, smoothing, noise multiplier, schedule or data set.
         """
         self._check_attached(module, optimizer)
         state = checkpoint.load(path)
-        checkpoint.check_module(state["module"], module)
-        checkpoint.check_kinds(state["kinds"], checkpoint.kinds(optimizer, self._loader))
-        ledger = Ledger.from_state_dict(state["accountant"])
-        checkpoint.check_kinds({"adjacency": ledger.adjacency}, {"adjacency": self.accountant.adjacency})
-        budget = None if state["budget"] is None else Budget.from_state_dict(state["budget"])
-        optimizer._sum.clipping.load_state_dict(state["clipping"])
-        self._loader.load_state_dict(state["loader"])
-        optimizer.load_state_dict(state["optimizer"])
-        module.load_state_dict(state["module"])
-        self._adopt(ledger)
+        ledger, budget = checkpoint.check(state, module, optimizer, self._loader, self.accountant.adjacency)
+        # The sum in hand was clipped to other thresholds, and its parameters are about to change.
         optimizer._sum.reset()
-        optimizer.releases = max(optimizer.releases, state["releases"])
+        checkpoint.restore(state, module, optimizer, self._loader)
+        checkpoint.adopt(self.accountant, ledger)
         if self._budget is None:
             self._budget = budget
         return state["extra"]
-
-    def _adopt(self, saved: Ledger) -> None:
-        """Book what the checkpoint spent; nothing this engine has spent is ever forgotten."""
-        if self.accountant.ledger.after(saved) is not None:
-            # Loaded back into the run it came from: the steps since then were released all the same.
-            return
-        more = saved.after(self.accountant.ledger)
-        for event in saved.events if more is None else more:
-            self.accountant.add(*event)
 
     # --- checks ------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
+from adaclip.augment import Augmentation, Views
 from adaclip.batches import (
     BatchInfo,
     LoaderBase,
@@ -17,6 +18,7 @@ from adaclip.batches import (
     pad_rows,
     slice_rows,
 )
+from adaclip.noise import NoiseSource
 
 
 class EpochLoader(LoaderBase):
@@ -35,13 +37,15 @@ class EpochLoader(LoaderBase):
     Args:
         data_loader: a DataLoader of a map-style data set with the default batch sampler and a RandomSampler
             without replacement or a SequentialSampler.
-        max_batch_size: most rows of a physical batch; larger ones are split along dimension 0.
-        pad_to: None, a number of rows, or "auto" (`max_batch_size`, or else the loader's batch size).
+        max_batch_size: most rows of a physical batch, views counted; larger ones are split along dimension 0.
+        pad_to: None, a number of examples, or "auto" (`max_batch_size`, or else the loader's batch size).
+        views, augmentation: as in `PoissonLoader`.
+        source: the key of the random views; a fresh secret one if None.
 
     Attributes:
         sample_rate: 1.0.
         expected_batch_size: the loader's batch size.
-        dataset_size, steps_per_epoch, dataset, max_batch_size, pad_to: as in `PoissonLoader`.
+        dataset_size, steps_per_epoch, dataset, max_batch_size, pad_to, views: as in `PoissonLoader`.
         epoch: number of epochs begun.
         current: `BatchInfo` or None.
 
@@ -50,9 +54,15 @@ class EpochLoader(LoaderBase):
     """
 
     def __init__(
-        self, data_loader: DataLoader, *, max_batch_size: int | None = None, pad_to: int | str | None = None
+        self,
+        data_loader: DataLoader,
+        *,
+        max_batch_size: int | None = None,
+        pad_to: int | str | None = None,
+        views: int = 1,
+        augmentation: Augmentation | None = None,
+        source: NoiseSource | None = None,
     ) -> None:
-        super().__init__()
         check_data_loader(
             data_loader,
             (RandomSampler, SequentialSampler),
@@ -65,12 +75,13 @@ class EpochLoader(LoaderBase):
                 "data_loader.sampler must draw without replacement at most the whole data set, got "
                 f"replacement={sampler.replacement} and num_samples={sampler.num_samples} of {size}"
             )
-        check_split(max_batch_size, pad_to)
+        max_batch_size = check_split(max_batch_size, pad_to, views)
         if len(data_loader) == 0:
             raise ValueError(
                 "data_loader must give at least 1 batch per epoch, got 0 "
                 f"(drop_last with batch_size {data_loader.batch_size} over {len(sampler)} examples)"
             )
+        super().__init__(Views(views, augmentation, NoiseSource() if source is None else source))
         if pad_to == "auto":
             pad_to = max_batch_size or data_loader.batch_size
         self._loader = data_loader
@@ -95,7 +106,7 @@ class EpochLoader(LoaderBase):
         return (
             f"EpochLoader(dataset_size={self.dataset_size}, "
             f"expected_batch_size={self.expected_batch_size:g}, steps_per_epoch={self.steps_per_epoch}, "
-            f"max_batch_size={self.max_batch_size}, pad_to={self.pad_to})"
+            f"max_batch_size={self.max_batch_size}, pad_to={self.pad_to}, views={self.views})"
         )
 
     def __iter__(self) -> Iterator[Any]:
@@ -116,9 +127,11 @@ class EpochLoader(LoaderBase):
                 real = min(size, rows - j * size)
                 part = batch if count == 1 else slice_rows(batch, rows, j * size, j * size + real)
                 total = max(real, self.pad_to or 1)
-                self._publish(BatchInfo(real, total, j == 0, j == count - 1, start + i, epoch, i == 0))
-                yield part if total == real else pad_rows(part, real, total)
-        self.current = None
+                info = BatchInfo(
+                    real, total, j == 0, j == count - 1, start + i, epoch, i == 0, self._views.count
+                )
+                yield self._deliver(part if total == real else pad_rows(part, real, total), info)
+        self._announce(None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counters of steps and epochs."""

@@ -18,16 +18,31 @@ import torch
 
 from . import _core
 
-__all__ = ["STREAM_GRADIENT", "STREAM_SAMPLER", "STREAM_USER", "NoiseSource"]
+__all__ = [
+    "STREAM_GRADIENT",
+    "STREAM_SAMPLER",
+    "STREAM_SMOOTHING",
+    "STREAM_STATISTICS",
+    "STREAM_USER",
+    "STREAM_VIEWS",
+    "NoiseSource",
+]
 
 STREAM_GRADIENT = 0
 """Noise on the gradient."""
 STREAM_SAMPLER = 1
 """Poisson sampling of the batches."""
+STREAM_STATISTICS = 2
+"""Noise on the statistics that a step releases beside the gradient."""
+STREAM_SMOOTHING = 3
+"""Perturbation of the weights that gradients are taken at."""
+STREAM_VIEWS = 4
+"""Random views of examples."""
 STREAM_USER = 1 << 16
 """Streams from here on are never used by the library."""
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
+_TWISTER_WORDS = 624
 _MAX_DRAWS = 1 << 35  # 2^32 blocks of eight 64-bit draws
 
 
@@ -73,7 +88,7 @@ class NoiseSource:
         tensor: torch.Tensor,
         step: int,
         stream: int = STREAM_GRADIENT,
-        std: float = 1.0,
+        std: float | torch.Tensor = 1.0,
         first_chunk: int = 0,
         add: bool = False,
     ) -> torch.Tensor:
@@ -84,7 +99,8 @@ class NoiseSource:
                 float32 on the CPU. Another dtype receives it in its own precision, at least float32.
             step: 0 to 2^64 - 1.
             stream: 0 to 2^32 - 1.
-            std: standard deviation, at least 0. It is rounded up to a float32, never down.
+            std: standard deviation, at least 0. It is rounded up to a float32, never down. A 0-dim tensor on an
+                accelerator is not read back, so it is not checked either.
             first_chunk: where in the stream to begin, in chunks of 160 normals. A tensor takes
                 ``chunks(tensor.numel())`` of them, a new one for its first element.
             add: add to the tensor instead of overwriting it.
@@ -99,14 +115,15 @@ class NoiseSource:
         if the elements fill one block of memory (contiguous, channels_last, transposed), else in index order.
         """
         step, stream = address(step, stream)
-        std = checked_std(std)
+        on_device = isinstance(std, torch.Tensor) and std.device.type != "cpu"
+        std = rounded_up(std) if on_device else checked_std(std)
         check_chunks(first_chunk, chunks(tensor.numel()))
         if not tensor.is_floating_point():
             raise ValueError(f"tensor must have a floating dtype, got {tensor.dtype}")
-        if std == 0.0:
+        if not on_device and std == 0.0:
             return tensor if add else tensor.zero_()
         flat = is_flat(tensor)
-        if flat and tensor.dtype == torch.float32 and tensor.device.type == "cpu":
+        if flat and not on_device and tensor.dtype == torch.float32 and tensor.device.type == "cpu":
             self.fill(tensor, step, stream, std, first_chunk, add)
             torch.autograd.graph.increment_version(tensor)
             return tensor
@@ -114,7 +131,7 @@ class NoiseSource:
         self.fill(noise, step, stream, 1.0, first_chunk, False)
         noise = noise.as_strided(tensor.shape, tensor.stride()) if flat else noise.view(tensor.shape)
         wide = torch.promote_types(tensor.dtype, torch.float32)
-        noise = noise.to(tensor.device, wide) * std
+        noise = noise.to(tensor.device, wide) * (std.to(tensor.device, wide) if on_device else std)
         return tensor.copy_(tensor.to(wide) + noise if add else noise)
 
     def fill(
@@ -129,6 +146,10 @@ class NoiseSource:
     def noisy_step(self, tensors: list[tuple], step: int, stream: int) -> None:
         """The fused update of adaclip.update, which checks: core/noisy_step.h says what a tuple holds."""
         _core.noisy_step(self._key, step, stream, tensors, torch.get_num_threads())
+
+    def perturb(self, tensors: list[tuple], step: int, stream: int, draw: bool, sign: float) -> None:
+        """Moved parameters for adaclip.smoothing, which checks: core/perturb.h says what a tuple holds."""
+        _core.perturb(self._key, step, stream, tensors, draw, sign, torch.get_num_threads())
 
     def noisy_sum(
         self,
@@ -167,6 +188,34 @@ class NoiseSource:
             raise ValueError(f"q must be in [0, 1], got {q!r}")
         step, stream = address(step, stream)
         return _core.bernoulli(self._key, step, stream, int(n), float(q), torch.get_num_threads())
+
+    def generator(self, step: int, stream: int) -> torch.Generator:
+        """A CPU generator for one address, for code that draws its numbers from a ``torch.Generator``.
+
+        Args:
+            step: 0 to 2^64 - 1.
+            stream: 0 to 2^32 - 1.
+
+        All 624 words of the Mersenne Twister's state come from the keystream. Torch seeds it from 32 bits, which
+        someone who knows the code could try one after the other.
+
+        Raises:
+            RuntimeError: this torch keeps the state of its generator in another form.
+        """
+        step, stream = address(step, stream)
+        blocks = [_core.chacha20_block(self._key, i, step, stream) for i in range(_TWISTER_WORDS // 16)]
+        generator = torch.Generator().manual_seed(_TWISTER_WORDS)
+        state = generator.get_state().numpy().copy().view(np.uint64)
+        # The seed, flags, the position, then the words, the first of which is the seed.
+        words = state[3 : 3 + _TWISTER_WORDS]
+        if len(words) != _TWISTER_WORDS or words[0] != _TWISTER_WORDS or state[0] != _TWISTER_WORDS:
+            raise RuntimeError(
+                f"torch {torch.__version__} keeps its CPU generator's state in an unknown form"
+            )
+        state[0] = 0
+        words[:] = np.array(blocks, dtype=np.uint64).ravel()
+        generator.set_state(torch.from_numpy(state.view(np.uint8)))
+        return generator
 
 
 def _key_bytes(key: bytes | int | torch.Generator | None) -> bytes:
@@ -207,7 +256,14 @@ def check_chunks(first: int, count: int) -> None:
         )
 
 
-def checked_std(std: float) -> float:
+def rounded_up(std: torch.Tensor) -> torch.Tensor:
+    """`checked_std` of a tensor, element by element, without reading its device; float32."""
+    rounded = std.to(torch.float32)
+    above = torch.nextafter(rounded, torch.full_like(rounded, math.inf))
+    return torch.where(rounded.double() < std.double(), above, rounded)
+
+
+def checked_std(std: float | torch.Tensor) -> float:
     """std as the least float32 that is not below it, so that rounding never takes noise away."""
     std = float(std)
     if not 0.0 <= std <= _FLOAT32_MAX:

@@ -5,6 +5,7 @@ Per-sample arithmetic (`conv_sample_norms`, `linear_sample_norms`, `group_norm_b
 it can run the given dtype and device; a backend asked for by name that cannot raises and says why.
 float16 and bfloat16 are widened to float32 first, which is exact, and stay so: results are in at least float32.
 
+What is made of the norms (factors, statistics, thresholds) is in `adaclip.clip_ops` and named here too.
 The differentiable layer operations that torch.compile sees are in `adaclip.layers.functions`.
 """
 
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 from adaclip import _core, reference
+from adaclip.backends import BACKENDS, check_backend, resolve_backend
+from adaclip.clip_ops import clip_factors, follow_quantile, sample_statistics
 from adaclip.reference import wide
 
 if TYPE_CHECKING:
@@ -28,43 +31,19 @@ __all__ = [
     "SampleNorms",
     "autocast_dtype",
     "check_backend",
+    "clip_factors",
     "conv_keeps",
     "conv_sample_norms",
     "conv_weighted_grad",
+    "follow_quantile",
     "group_norm_backward",
     "linear_sample_norms",
     "linear_weighted_grad",
     "resolve_backend",
     "row_sqnorms",
+    "sample_statistics",
     "weighted_sum",
 ]
-
-BACKENDS = ("cpp", "reference")
-
-
-def check_backend(backend: str) -> None:
-    """Raise ValueError unless `backend` is "auto" or one of `BACKENDS`."""
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
-
-
-def resolve_backend(backend: str, *tensors: Tensor) -> str:
-    """The backend that runs these tensors; raises RuntimeError if the one named cannot."""
-    if backend == "reference":
-        return "reference"
-    why = next(
-        (
-            f"it runs float32 tensors on the CPU, got {t.dtype} on {t.device.type}"
-            for t in tensors
-            if t.dtype != torch.float32 or t.device.type != "cpu"
-        ),
-        None,
-    )
-    if why is None:
-        return "cpp"
-    if backend == "cpp":
-        raise RuntimeError(f"backend 'cpp' cannot run this operation: {why}")
-    return "reference"
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -9,7 +9,12 @@ from torch import Tensor, nn
 
 from adaclip.batches import BatchInfo
 from adaclip.clipped_sum import ClippedSum
+from adaclip.clipping import Clipping
+from adaclip.groups import LabelGroups
 from adaclip.noise import STREAM_GRADIENT, NoiseSource
+from adaclip.schedules import Schedule
+from adaclip.smoothing import EvaluationPoint
+from adaclip.step_release import check_noise, gradient_sigma
 from adaclip.update import noisy_update
 
 __all__ = ["DPOptimizer"]
@@ -23,11 +28,14 @@ class DPOptimizer(torch.optim.Optimizer):
 
     `step()` releases one logical batch, in this order: check that `p.grad` is the clipped sum and
     nothing else; ask `book` (the accountant), which raises `PrivacyBudgetExceeded` with nothing
-    changed; add noise of standard deviation sigma C / (q N) and apply the update, in one fused pass
-    for SGD, Adam, AdamW and NAdam. A crash in between can only over-count. For a physical batch that
-    is not the last of its logical batch, `step()` and `zero_grad()` do nothing.
+    changed; add noise of standard deviation sigma_g C_t / (q N) and apply the update, in one fused pass
+    for SGD, Adam, AdamW and NAdam; release the step's noisy side statistics, from which the strategy and
+    the label groups make what they use from the next step on. A crash in between can only over-count. For a
+    physical batch that is not the last of its logical batch, `step()` and `zero_grad()` do nothing.
 
-    `noise_multiplier` may be changed between steps (a schedule); every step books the value it uses.
+    `noise_multiplier` is that of the whole step, gradient and statistics together, and the one that is booked;
+    the gradient's share is `gradient_noise_multiplier` (`adaclip.step_release`). It may be changed between
+    steps, or follow a schedule; every step books the value it uses.
     """
 
     # Makes torch.amp.GradScaler hand us its scale instead of changing the gradients behind our back.
@@ -43,6 +51,8 @@ class DPOptimizer(torch.optim.Optimizer):
         source: NoiseSource,
         book: Callable[[BatchInfo | None], None],
         batch: Callable[[], BatchInfo | None],
+        noise_schedule: Schedule | None = None,
+        point: EvaluationPoint | None = None,
     ):
         # Not super().__init__(): the groups and the state are the wrapped optimizer's, not new ones.
         self.original_optimizer = optimizer
@@ -50,10 +60,19 @@ class DPOptimizer(torch.optim.Optimizer):
         self._source = source
         self._book = book
         self._batch = batch
-        self.noise_multiplier = noise_multiplier
+        self._point = point
+        self._noise_schedule = noise_schedule
+        self._base_noise = noise_multiplier
+        if noise_schedule is not None:
+            # A schedule that would fail on its way is refused now; the largest sigma leaves the least.
+            most = max(noise_schedule(t) for t in range(noise_schedule.length + 1))
+            gradient_sigma(noise_multiplier * most, clipped_sum.statistics.sensitivities)
+            self._follow_schedule()
+        else:
+            self._set_noise(noise_multiplier)
         self._expected_batch_size = expected_batch_size
-        # Releases so far. Addresses the keystream, so it never goes back.
-        self.releases = 0
+        # The clipping group of each trained parameter, on the thresholds' device.
+        self._group_index: tuple[list[int], Tensor] = [], torch.empty(0, dtype=torch.int64)
         self._released: int | None = None
         self._optimizer_step_pre_hooks = optimizer._optimizer_step_pre_hooks
         self._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks
@@ -84,8 +103,66 @@ class DPOptimizer(torch.optim.Optimizer):
         return self._expected_batch_size
 
     @property
+    def releases(self) -> int:
+        """How many releases there were; the number of the next one. It addresses the keystream."""
+        return self._sum.release
+
+    @releases.setter
+    def releases(self, number: int) -> None:
+        if number < self._sum.release:
+            raise ValueError(f"releases must not go back from {self._sum.release}, got {number}")
+        self._sum.release = number
+
+    @property
+    def noise_multiplier(self) -> float:
+        """sigma of a whole step: of the next one, or, under a schedule, of the last one."""
+        return self._noise
+
+    @noise_multiplier.setter
+    def noise_multiplier(self, value: float) -> None:
+        if self._noise_schedule is not None:
+            raise ValueError(f"noise_multiplier must be left to noise_schedule, got {value!r}")
+        check_noise(value)
+        self._set_noise(float(value))
+        self._base_noise = self._noise
+
+    @property
+    def base_noise_multiplier(self) -> float:
+        """What noise_schedule multiplies; noise_multiplier itself without one."""
+        return self._base_noise
+
+    @property
+    def gradient_noise_multiplier(self) -> float:
+        """sigma_g: the gradient's noise standard deviation over C, above sigma if a step releases statistics."""
+        return self._gradient_noise
+
+    @property
+    def clipping(self) -> Clipping:
+        """The strategy at work (the engine's own copy of an object that it was given)."""
+        return self._sum.clipping
+
+    @property
+    def groups(self) -> LabelGroups | None:
+        """The label groups at work (the engine's own copy), if there are any."""
+        return self._sum.groups
+
+    @property
+    def smoothing(self) -> EvaluationPoint | None:
+        """Where gradients are taken, if not at the parameters themselves."""
+        return self._point
+
+    @property
+    def noise_schedule(self) -> Schedule | None:
+        """What sigma is multiplied by, release by release."""
+        return self._noise_schedule
+
+    @property
     def max_grad_norm(self) -> float:
-        """The norm that a sample's whole gradient is clipped to."""
+        """The norm that a sample's whole gradient is clipped to in the logical batch in hand.
+
+        After step() that is the next batch's, if it adapts; a schedule moves when the next batch begins. Reads the
+        device.
+        """
         return self._sum.clipping.max_grad_norm
 
     @property
@@ -101,6 +178,15 @@ class DPOptimizer(torch.optim.Optimizer):
     def trained(self) -> list[nn.Parameter]:
         """The parameters that receive noise and updates, in the order the noise is drawn."""
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+
+    def note_batch(self, info: BatchInfo | None) -> None:
+        """The loop gets that batch next, or has had its last one: be where its gradients are to be taken."""
+        if self._point is None:
+            return
+        if info is None:
+            self._point.leave()
+        else:
+            self._point.enter(self.releases)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the clipped sum, unless the batch in hand continues its logical batch."""
@@ -127,6 +213,7 @@ class DPOptimizer(torch.optim.Optimizer):
         info = self._batch()
         if info is not None and not info.last:
             return loss
+        self._follow_schedule()
         if info is not None and info.step == self._released:
             raise RuntimeError(
                 "this logical batch was released already: two steps on one Poisson sample cost more than the "
@@ -137,17 +224,41 @@ class DPOptimizer(torch.optim.Optimizer):
         if info is not None and not self._sum.holds(info.step):
             # No backward for this batch (the loop skipped it): the step is noise alone.
             self._sum.reset()
+        self._sum.begin()
+        if self._point is not None:
+            self._point.leave()
         self._book(info)
         if info is not None:
             self._released = info.step
         step = self.releases
         self.releases += 1
         params = self.trained()
-        per_group = self._sum.clipping.noise_std(self.noise_multiplier)
-        stds = [per_group[self._sum.group_of(p)] / self._expected_batch_size for p in params]
+        stds = self._stds(params)
         noisy_update(self.original_optimizer, params, stds, self._source, step, stream=STREAM_GRADIENT)
+        if self._point is not None:
+            self._point.observe(stds)
+        self._sum.statistics.release(self._source, step)
         self._sum.reset()
         return loss
+
+    def _stds(self, params: list[nn.Parameter]) -> Tensor:
+        """float64 [P] on the thresholds' device: the standard deviation of the noise in each `p.grad`."""
+        scale = self._sum.clipping.noise_scale() * (self._gradient_noise / self._expected_batch_size)
+        groups = [self._sum.group_of(p) for p in params]
+        if groups != self._group_index[0]:
+            self._group_index = groups, torch.tensor(groups, dtype=torch.int64, device=scale.device)
+        return scale[self._group_index[1]]
+
+    def _set_noise(self, sigma: float) -> None:
+        """Take sigma for the step to come; ValueError, with nothing changed, if it cannot be split."""
+        self._gradient_noise = gradient_sigma(sigma, self._sum.statistics.sensitivities)
+        self._noise = sigma
+        self._sum.clipping.note_noise(self._gradient_noise)
+
+    def _follow_schedule(self) -> None:
+        """Without a schedule the noise is set already."""
+        if self._noise_schedule is not None:
+            self._set_noise(self._base_noise * self._noise_schedule(self.releases))
 
     def add_param_group(self, param_group: dict) -> None:
         self.original_optimizer.add_param_group(param_group)

@@ -1,8 +1,9 @@
-"""Plots: a run folder's, from the rows of metrics.jsonl, and privacy curves. Public numbers only."""
+"""Plots: a run folder's, from the rows of metrics.jsonl, comparisons, and privacy curves. Public numbers only."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-__all__ = ["plot_privacy", "plot_run"]
+__all__ = ["plot_comparison", "plot_privacy", "plot_run"]
+
+# Told apart without color vision too: eight colors (Okabe, Ito 2008, with a gray) by four dashes.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+_DASHES = ("-", "--", ":", "-.")
 
 
 def plot_run(folder: Path, rows: Sequence[Mapping[str, Any]], *, split: str) -> list[Path]:
@@ -48,6 +53,41 @@ def plot_run(folder: Path, rows: Sequence[Mapping[str, Any]], *, split: str) -> 
     axes.set_ylim(0, 1.25 * max(norms))
     _save(figure, privacy)
     return [accuracy, privacy]
+
+
+def plot_comparison(
+    path: Path, curves: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], *, split: str
+) -> None:
+    """Write accuracy over steps, mean and band of one standard deviation over the runs, as a PNG to `path`.
+
+    Args:
+        curves: by label, the evaluations of its runs, each with step and <split>_accuracy. Steps that not all runs of
+            a label have are left out.
+        split: "test" or "validation".
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    figure = Figure(figsize=(8.0, 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for at, (label, runs) in enumerate(curves.items()):
+        by_step = [{row["step"]: row[f"{split}_accuracy"] for row in run} for run in runs]
+        steps = sorted(set.intersection(*(set(each) for each in by_step)))
+        values = [[each[step] for each in by_step] for step in steps]
+        means = [statistics.fmean(each) for each in values]
+        style = {"color": _COLORS[at % len(_COLORS)], "linestyle": _DASHES[at // len(_COLORS) % len(_DASHES)]}
+        axes.plot(steps, means, label=label, linewidth=1.5, **style)
+        if len(runs) > 1:
+            spread = [statistics.stdev(each) for each in values]
+            low = [mean - s for mean, s in zip(means, spread, strict=True)]
+            high = [mean + s for mean, s in zip(means, spread, strict=True)]
+            axes.fill_between(steps, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    axes.set_xlabel("step")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    _dress(axes, f"{split} accuracy")
+    figure.legend(loc="outside right center", frameon=False, fontsize="small")
+    _save(figure, path)
 
 
 def plot_privacy(

@@ -15,11 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "SLACK",
     "affine_sample_grads",
+    "clip_factors",
     "conv_sample_grads",
     "conv_weighted_grad",
     "embedding_sample_grads",
     "embedding_weighted_grad",
+    "follow_quantile",
+    "linear_roundings",
     "linear_sample_grads",
     "linear_weighted_grad",
     "live_rows",
@@ -31,6 +35,25 @@ __all__ = [
     "wide_dtype",
     "windows",
 ]
+
+
+# Positions that one matrix product sums in float32; further ones are added in float64. A constant and not the
+# batch's size: how much a sum can round decides norms, and one sample's norm may not depend on how many
+# others there are.
+_LONGEST_SUM = 1024
+
+
+def linear_roundings(positions: int) -> int:
+    """How many roundings in a row an entry of `linear_weighted_grad` can pass through.
+
+    positions: those of one sample; the number of samples does not matter.
+    """
+    return max(positions, _LONGEST_SUM) + 3
+
+
+# Products and float32 roundings of the weighted sum stay inside this margin, so that
+# |c_b g_b| <= C (1 + 2^-20) holds for the arithmetic that is done, not just for the formula.
+SLACK = 1 - 2.0**-21
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -128,15 +151,22 @@ def linear_weighted_grad(a: Tensor, g: Tensor, factors: Tensor) -> Tensor:
     """a [B, T, Din], g [B, T, Dout], factors [B] -> [Dout, Din]: `sum_b factors_b sum_t g_t a_t^T`."""
     factors, a, g = live_rows(factors, a, g)
     a, g = scale_rows(factors, a, g)
-    return g.flatten(0, 1).t() @ a.flatten(0, 1)
+    size = max(1, _LONGEST_SUM // max(1, a.shape[1]))
+    pieces = zip(a.split(size), g.split(size), strict=True)
+    products = (h.flatten(0, 1).t() @ x.flatten(0, 1) for x, h in pieces)
+    total = next(products)
+    for product in products:
+        total = total.double() + product
+    return total.to(g.dtype)
 
 
 def embedding_weighted_grad(indices: Tensor, g: Tensor, factors: Tensor, rows: int) -> Tensor:
     """indices [B, T] int64, g [B, T, E], factors [B] -> [rows, E]: the factors times `embedding_sample_grads`."""
     factors, indices, g = live_rows(factors, indices, g)
-    g = wide(g)
-    scaled = (g * factors.to(g.dtype).reshape(-1, 1, 1)).flatten(0, 1)
-    return g.new_zeros(rows, g.shape[-1]).index_add_(0, indices.flatten(), scaled)
+    # In float64: any number of samples may name the same row, and that number is private.
+    scaled = (g.double() * factors.double().reshape(-1, 1, 1)).flatten(0, 1)
+    total = scaled.new_zeros(rows, g.shape[-1]).index_add_(0, indices.flatten(), scaled)
+    return total.to(wide_dtype(g.dtype))
 
 
 def affine_sample_grads(normalized: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,9 +234,120 @@ def conv_weighted_grad(
     """`sum_b factors_b dL_b/dweight`, shaped like weight: one weight gradient of the scaled tensors."""
     factors, x, g = live_rows(factors, x, g)
     x, g = scale_rows(factors, x, g)
-    weight = weight.to(g.dtype)
     if g.shape[0] == 0:
-        return torch.zeros_like(weight)
-    return torch.ops.aten.convolution_backward(
-        g, x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups, [False, True, False]
+        return torch.zeros_like(weight, dtype=g.dtype)
+    # In float64: in float32, how far the sum rounds would depend on how many samples there are.
+    total = torch.ops.aten.convolution_backward(
+        g.double(),
+        x.double(),
+        weight.double(),
+        None,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0] * len(stride),
+        groups,
+        [False, True, False],
     )[1]
+    return total.to(g.dtype)
+
+
+def clip_factors(
+    sqnorms: Tensor,
+    thresholds: Tensor,
+    kind: str,
+    stability: float,
+    *,
+    unit: float,
+    denominator: float,
+    real: int,
+    weights: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """sqnorms [K, B] -> (factors float32 [K, B], norms [B], shares [B]): see `adaclip.clip_ops.clip_factors`."""
+    n = unit * sqnorms.sqrt()
+    limits = thresholds[:, None] * SLACK
+    if kind == "threshold":
+        full = (limits / n).clamp_max(1.0)
+    else:
+        full = limits / (n + (stability if kind == "normalized" else stability / (n + stability)))
+    live = _live(sqnorms, real)
+    shares = ((full * n).square().sum(0) / thresholds.square().sum()).sqrt().clamp_max(1.0)
+    c = full
+    if weights is not None:
+        w = weights.nan_to_num(0.0).clamp(0.0, 1.0)
+        c = torch.minimum(w, full) if kind == "threshold" else w * full
+    factors = (c * unit / denominator).float()
+    # A denormal factor has lost the digits that made it safe.
+    factors = torch.where(live & (factors >= 2.0**-100), factors, torch.zeros_like(factors))
+    return factors, unit * sqnorms.sum(0).sqrt(), torch.where(live, shares, shares.new_full((), math.nan))
+
+
+def sample_statistics(
+    sqnorms: Tensor,
+    thresholds: Tensor,
+    *,
+    unit: float,
+    real: int,
+    shares: Tensor | None,
+    below: Tensor | None,
+    edges: Tensor | None,
+    histogram: Tensor | None,
+    labels: Tensor | None,
+    table: Tensor | None,
+    group_sums: Tensor | None,
+    group_counts: Tensor | None,
+) -> None:
+    """Adds the samples' counts to below [K], histogram [M], group_sums [G], group_counts [G], in place.
+
+    See `adaclip.clip_ops.sample_statistics`. Sums over masks [bins, B], not scatters: their order is fixed.
+    """
+    live = _live(sqnorms, real)
+    zero = sqnorms.new_zeros(())
+    if below is not None:
+        inside = (unit * sqnorms.sqrt() <= thresholds[:, None]).double() - 0.5
+        below += torch.where(live, inside, zero).sum(1)
+    if histogram is not None:
+        bins = torch.searchsorted(edges, torch.where(live, unit * sqnorms.sum(0).sqrt(), zero))
+        histogram += (_members(bins, len(histogram)) & live).sum(1)
+    if labels is not None:
+        known = live & (labels >= 0) & (labels < len(table))
+        group = table[torch.where(known, labels, torch.zeros_like(labels))]
+        if group_sums is not None:
+            of = _members(group, len(group_sums)) & known
+            group_sums += torch.where(of, shares, zero).sum(1)
+        if group_counts is not None:
+            group_counts += (_members(group, len(group_counts)) & known).sum(1)
+
+
+def follow_quantile(
+    thresholds: Tensor,
+    run: Tensor,
+    noisy_below: Tensor,
+    low: Tensor,
+    high: Tensor,
+    denominator: float,
+    quantile: float,
+    rate: float,
+    accelerate: bool,
+) -> None:
+    """`C *= exp(-rate f (1/2 + noisy_below / denominator - quantile))` in place: see `adaclip.clip_ops`."""
+    gap = 0.5 + noisy_below / denominator - quantile
+    speed = torch.ones_like(gap)
+    if accelerate:
+        side = (gap > 0.75 * (1 - quantile)).double() - (gap < -0.75 * quantile).double()
+        run.copy_(torch.where(side * run > 0, run + side, side))
+        speed = (run.abs() - 2.0).clamp(0.0, 3.0).exp2()
+    moved = thresholds * (-rate * speed * gap).exp()
+    thresholds.copy_(torch.minimum(torch.maximum(moved, low), high))
+
+
+def _live(sqnorms: Tensor, real: int) -> Tensor:
+    """bool [B]: the rows of samples whose squared norms are numbers in [0, inf) in every group."""
+    rows = torch.arange(sqnorms.shape[1], device=sqnorms.device)
+    return (sqnorms.isfinite() & (sqnorms >= 0)).all(0) & (rows < real)
+
+
+def _members(group: Tensor, groups: int) -> Tensor:
+    """int64 [B] -> bool [groups, B]."""
+    return group == torch.arange(groups, device=group.device)[:, None]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +20,11 @@ from torch.utils.data import (
     default_collate,
 )
 
+from adaclip.augment import Augmentation, Views
 from adaclip.batches import (
     BatchInfo,
     Finisher,
     LoaderBase,
-    TensorColumns,
     check_count,
     check_data_loader,
     check_functions,
@@ -33,46 +32,15 @@ from adaclip.batches import (
     pin_rows,
     zero_rows,
 )
+from adaclip.columns import TensorColumns
 from adaclip.noise import STREAM_SAMPLER, NoiseSource
+from adaclip.planned import Part, PlannedBatches
 
 _log = logging.getLogger("adaclip")
 
 # Processes other than the first draw from streams of their own, above every named stream of adaclip.noise
 # and below the user's.
 _RANK_STREAMS = 1 << 15
-
-
-class _Part(NamedTuple):
-    """A physical batch that has been planned: which examples, and where in its logical batch it stands."""
-
-    indices: np.ndarray
-    step: int
-    first: bool
-    last: bool
-
-
-class _PlannedBatches:
-    """The batch sampler given to torch's DataLoader: hands out index lists and notes what was handed out."""
-
-    def __init__(self, placeholder: int) -> None:
-        self._placeholder = placeholder
-        self._plan: Iterator[_Part] = iter(())
-        self._sent: deque[_Part] = deque()
-
-    def start(self, plan: Iterator[_Part]) -> deque[_Part]:
-        """Set the plan of the next epoch; return the queue in which its parts appear as they are sent."""
-        self._plan, self._sent = plan, deque()
-        return self._sent
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self._send(self._plan, self._sent)
-
-    def _send(self, plan: Iterator[_Part], sent: deque[_Part]) -> Iterator[list[int]]:
-        for part in plan:
-            sent.append(part)
-            # No collate function can make a batch of nothing: an empty one travels as a placeholder example,
-            # through the same worker queue (so the order holds), and is zeroed on arrival.
-            yield part.indices.tolist() or [self._placeholder]
 
 
 class PoissonLoader(LoaderBase):
@@ -115,10 +83,14 @@ class PoissonLoader(LoaderBase):
             come in the given container (a `TensorDataset` gives lists, as torch does).
         sample_rate: q, the probability of each example in each logical step, in (0, 1].
         steps_per_epoch: logical steps of one iteration; ``max(1, round(1/q))`` if None.
-        max_batch_size: most rows of a physical batch.
+        max_batch_size: most rows of a physical batch, views counted.
         pad_to: None, a number of rows (at least `max_batch_size`, which it sets where that is None), or
             "auto": `max_batch_size`, or where that is None a public size that holds all but about 3 in
-            100,000 logical batches (four standard deviations above the mean); the rest are split.
+            100,000 logical batches (four standard deviations above the mean); the rest are split. A number of
+            examples: with `views` the batch has that many times more rows.
+        views, augmentation: rows that each example becomes, in the main process after everything else, and what
+            is done to its images in each (`adaclip.augment.Views`). Labels and whatever else a batch holds are
+            repeated. One view without augmentation leaves batches alone.
         source: the keystream; a fresh secret key if None. Two loaders must not share one source and rank:
             they would draw the same indices.
         rank, world_size: this process among those that sample the data set together.
@@ -129,10 +101,12 @@ class PoissonLoader(LoaderBase):
             any: for example ``lambda b: (b[0].float() / 255, b[1])``.
 
     Attributes:
-        sample_rate, steps_per_epoch, dataset_size (N), dataset, max_batch_size, pad_to, rank, world_size:
-            as above, resolved.
+        sample_rate, steps_per_epoch, dataset_size (N), dataset, pad_to, views, rank, world_size: as above,
+            resolved.
+        max_batch_size: most examples of a physical batch.
         expected_batch_size: q·N over all processes, the public number to divide by.
         current: `BatchInfo` or None.
+        labels, labels_of, on_batch: for the engine (`LoaderBase`).
 
     Raises:
         TypeError, ValueError: for arguments as described; while iterating, for a batch that needs padding
@@ -152,6 +126,8 @@ class PoissonLoader(LoaderBase):
         steps_per_epoch: int | None = None,
         max_batch_size: int | None = None,
         pad_to: int | str | None = None,
+        views: int = 1,
+        augmentation: Augmentation | None = None,
         source: NoiseSource | None = None,
         rank: int = 0,
         world_size: int = 1,
@@ -166,7 +142,6 @@ class PoissonLoader(LoaderBase):
         timeout: float = 0,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__()
         is_map_style = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
         if isinstance(dataset, IterableDataset) or not is_map_style:
             raise TypeError(
@@ -179,7 +154,7 @@ class PoissonLoader(LoaderBase):
             raise ValueError(f"sample_rate must be in (0, 1], got {sample_rate}")
         if steps_per_epoch is not None:
             check_count("steps_per_epoch", steps_per_epoch)
-        check_split(max_batch_size, pad_to)
+        max_batch_size = check_split(max_batch_size, pad_to, views)
         check_functions(collate_fn=collate_fn, transform=transform, worker_init_fn=worker_init_fn)
         check_count("num_workers", num_workers, minimum=0)
         if num_workers == 0 and (persistent_workers or prefetch_factor is not None):
@@ -193,6 +168,8 @@ class PoissonLoader(LoaderBase):
                 f"source must be an adaclip.noise.NoiseSource or None, got {type(source).__name__}"
             )
 
+        source = NoiseSource() if source is None else source
+        super().__init__(Views(views, augmentation, source))
         columns = TensorColumns.of(dataset)
         if collate_fn not in (None, default_collate) or num_workers > 0:
             if columns is not None and isinstance(dataset, (tuple, list)):
@@ -222,13 +199,13 @@ class PoissonLoader(LoaderBase):
             pad_to = max_batch_size or self._usual_size()
         self.max_batch_size = max_batch_size or pad_to
         self.pad_to = pad_to
-        self._source = NoiseSource() if source is None else source
+        self._source = source
         self._stream = _RANK_STREAMS + rank if rank else STREAM_SAMPLER
         self._columns = columns
         self._finisher = Finisher(collate_fn or default_collate, transform, pad_to)
         # As torch's DataLoader does, asking for pinned memory means nothing where there is no accelerator.
         self._pin = pin_memory and torch.cuda.is_available()
-        self._batches = _PlannedBatches(placeholder=rank)
+        self._batches = PlannedBatches(placeholder=rank)
         self._loader = None
         if columns is None:
             self._loader = DataLoader(
@@ -252,6 +229,8 @@ class PoissonLoader(LoaderBase):
         *,
         max_batch_size: int | None = None,
         pad_to: int | str | None = None,
+        views: int = 1,
+        augmentation: Augmentation | None = None,
         source: NoiseSource | None = None,
         rank: int = 0,
         world_size: int = 1,
@@ -299,6 +278,8 @@ class PoissonLoader(LoaderBase):
             sample_rate=batch / size,
             max_batch_size=max_batch_size,
             pad_to=pad_to,
+            views=views,
+            augmentation=augmentation,
             source=source,
             rank=rank,
             world_size=world_size,
@@ -322,7 +303,7 @@ class PoissonLoader(LoaderBase):
         return (
             f"PoissonLoader(dataset_size={self.dataset_size}, sample_rate={self.sample_rate:.6g}, "
             f"steps_per_epoch={self.steps_per_epoch}, max_batch_size={self.max_batch_size}, "
-            f"pad_to={self.pad_to}, rank={self.rank}, world_size={self.world_size})"
+            f"pad_to={self.pad_to}, views={self.views}, rank={self.rank}, world_size={self.world_size})"
         )
 
     def __iter__(self) -> Iterator[Any]:
@@ -340,41 +321,44 @@ class PoissonLoader(LoaderBase):
         size = math.ceil(mean + 4 * math.sqrt(mean * (1 - self.sample_rate)))
         return min(self._owned, 8 * math.ceil(size / 8))
 
-    def _plan(self, start: int) -> Iterator[_Part]:
+    def _plan(self, start: int) -> Iterator[Part]:
         for step in range(start, start + self.steps_per_epoch):
             drawn = self._source.bernoulli(self._owned, self.sample_rate, step, self._stream)
             indices = self.rank + self.world_size * drawn
             size = self.max_batch_size or max(1, len(indices))
             count = max(1, math.ceil(len(indices) / size))
             for i in range(count):
-                yield _Part(indices[i * size : (i + 1) * size], step, i == 0, i == count - 1)
+                yield Part(indices[i * size : (i + 1) * size], step, i == 0, i == count - 1)
 
-    def _gather(self, plan: Iterator[_Part]) -> Iterator[tuple[_Part, Any, int]]:
+    def _gather(self, plan: Iterator[Part]) -> Iterator[tuple[Part, Any, int]]:
         for part in plan:
             rows = part.indices if len(part.indices) else np.array([self.rank])
             batch, real = self._finisher.finish(self._columns.select(torch.from_numpy(rows)), len(rows))
-            yield part, (pin_rows(batch) if self._pin else batch), real
+            yield part, (pin_rows(batch) if self._pin and not self._views.active else batch), real
 
-    def _load(self, plan: Iterator[_Part]) -> Iterator[tuple[_Part, Any, int]]:
+    def _load(self, plan: Iterator[Part]) -> Iterator[tuple[Part, Any, int]]:
         sent = self._batches.start(plan)
         fetched = iter(self._loader)  # starts the workers
         return ((sent.popleft(), batch, real) for batch, real in fetched)
 
-    def _run(self, ticket: int, batches: Iterator[tuple[_Part, Any, int]]) -> Iterator[Any]:
+    def _run(self, ticket: int, batches: Iterator[tuple[Part, Any, int]]) -> Iterator[Any]:
         epoch, start = self._epoch, self._step
         while True:
             self._check_running(ticket)
             try:
                 part, batch, real = next(batches)
             except StopIteration:
-                self.current = None
+                self._announce(None)
                 return
             if len(part.indices) == 0:
                 batch, real = zero_rows(batch), 0
             padded = max(real, self.pad_to or 1)
             at_start = part.step == start
-            self._publish(BatchInfo(real, padded, part.first, part.last, part.step, epoch, at_start))
-            yield batch
+            info = BatchInfo(
+                real, padded, part.first, part.last, part.step, epoch, at_start, self._views.count
+            )
+            made = self._deliver(batch, info)
+            yield pin_rows(made) if self._pin and self._views.active else made
 
     def state_dict(self) -> dict[str, Any]:
         """Return the keystream position and what it belongs to; never the key."""

@@ -26,16 +26,19 @@ def square_loss(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def sample_grads(
-    model: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
+    model: nn.Module, x: Tensor, y: Tensor, loss: Callable[[Tensor, Tensor], Tensor], *, views: int = 1
 ) -> dict[str, Tensor]:
-    """{name: [B, *shape]} float64 gradients of every trainable parameter, one sample at a time."""
+    """{name: [B, *shape]} float64 gradients of every trainable parameter, one sample at a time.
+
+    views: rows of x and y that are one sample, one after the other; its loss is `loss` over them.
+    """
     model = copy.deepcopy(model).double()
     wide = x.double() if x.is_floating_point() else x
     target = y.double() if y.is_floating_point() else y
     rows: dict[str, list[Tensor]] = {n: [] for n, p in model.named_parameters() if p.requires_grad}
-    for b in range(x.shape[0]):
+    for b in range(0, x.shape[0], views):
         model.zero_grad()
-        loss(model(wide[b : b + 1]), target[b : b + 1]).backward()
+        loss(model(wide[b : b + views]), target[b : b + views]).backward()
         for name, p in model.named_parameters():
             if name in rows:
                 rows[name].append(torch.zeros_like(p) if p.grad is None else p.grad.clone())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import platform
-import secrets
 import time
 from typing import Any
 
@@ -22,10 +21,9 @@ from adaclip.assembly import (
     build_optimizer,
     learning_rate,
     load_data,
-    moving_average,
     pick_device,
+    privacy_options,
 )
-from adaclip.augment import augment
 from adaclip.diagnostics import Diagnostics
 from adaclip.engine import PrivacyEngine
 from adaclip.errors import PrivacyBudgetExceeded
@@ -33,6 +31,7 @@ from adaclip.interrupts import Interrupts
 from adaclip.plots import plot_run
 from adaclip.progress import make_reporter
 from adaclip.runs import RunFolder, adopt_ledger
+from adaclip.smoothing import moving_average
 from adaclip.train_config import TrainConfig
 
 __all__ = ["Training", "evaluate", "is_finished"]
@@ -80,7 +79,7 @@ class Training:
     """One run: everything is loaded and checked when the object exists, and `run` trains.
 
     `config.seed` decides the initial weights alone. torch's global generator is then seeded from the operating
-    system, for dropout, and so is the generator of the random views.
+    system, for dropout; random views are drawn from a key of the private loader's.
 
     Args:
         config: checked settings.
@@ -108,7 +107,7 @@ class Training:
     ):
         self.config, self.folder, self.notes = config, folder, []
         self.split = "validation" if config.validation else "test"
-        self.step, self.finished = 0, False
+        self.step, self.finished, self._private = 0, False, private_diagnostics
         self._seconds = self._training_seconds = 0.0
         self._evaluated_at: int | None = None
         if config.threads is not None:
@@ -125,16 +124,16 @@ class Training:
         self.eval_every = config.eval_every or max(1, math.ceil(self.total / 10))
         torch.manual_seed(config.seed)
         self.model = build_model(config, self.data, self.device)
-        # The seed is in config.json, and views and dropout masks go by position in the batch: were they known,
-        # removing one example would change what every later row contributes. They are drawn anew by every
-        # process, and nothing of them is stored. (torch's CPU generator uses 32 bits of a seed, whatever is given.)
+        # The seed is in config.json, and dropout masks go by position in the batch: were they known, removing one
+        # example would change what every later row contributes. They are drawn anew by every process, and
+        # nothing of them is stored; so are the random views, from the loader's own key. (torch's CPU generator
+        # uses 32 bits of a seed, whatever is given.)
         torch.seed()
-        self._views = torch.Generator().manual_seed(secrets.randbits(64))
         # Copied before the engine attaches: the copy is an ordinary model.
         self.average = moving_average(self.model, config.ema) if config.ema else None
         self._make_private(None if saved is None else saved["run"])
         self._test = tuple(t.to(self.device) for t in (self.data.test_images, self.data.test_labels))
-        self._diagnostics = Diagnostics(self.folder) if private_diagnostics else None
+        self._diagnostics = Diagnostics(self.folder) if self._private else None
         if config.delta >= 1 / self.size:
             self.notes.append(
                 f"warning: delta {config.delta:g} is not below 1/N = {1 / self.size:.2g}: a mechanism that "
@@ -158,9 +157,9 @@ class Training:
                 batch_size=config.batch_size,
                 shuffle=True,
             ),
-            "max_grad_norm": config.max_grad_norm,
-            "clipping": config.clipping,
             "max_batch_size": config.max_batch_size,
+            "loss_reduction": "sum",
+            **privacy_options(config, self.data, self.total, diagnostics=self._private),
         }
         self.engine = PrivacyEngine(accountant=config.accountant, adjacency=config.adjacency)
         if saved is not None:
@@ -181,6 +180,8 @@ class Training:
         else:
             made = self.engine.make_private(noise_multiplier=config.noise_multiplier, **options)
         _, self.optimizer, self.loader = made
+        self._used_norms = self.optimizer.clipping.thresholds.clone()
+        self._groups = None if config.groups == "off" else self.optimizer.groups
 
     def _restore(self) -> None:
         extra = self.engine.load_checkpoint(
@@ -194,6 +195,8 @@ class Training:
         self._seconds, self._training_seconds = extra["seconds"], extra["training_seconds"]
         lost = adopt_ledger(self.engine.accountant, Ledger.load(self.folder.ledger))
         if lost:
+            # They had their places in a noise schedule.
+            self.optimizer.releases += lost
             self.notes.append(
                 f"the ledger holds {lost} steps more than the checkpoint: their results may have been seen, so "
                 "they stay on the account"
@@ -251,23 +254,29 @@ class Training:
         if info.first:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.config, self.step, self.total)
-        images = augment(images, self.config.augment, self._views)
         self.optimizer.zero_grad()
         logits = self.model(self.data.normalize(images))
-        # Smoothing moves every target alike, whatever the data: it costs no privacy.
-        loss = cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        # Smoothing moves every target alike, whatever the data: it costs no privacy. A sum: a mean would divide by
+        # the rows drawn, and round each sample's gradient by how many others there are.
+        loss = cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing, reduction="sum")
         loss.backward()
         if info.rows and (self._reporter.wants_batches or self._diagnostics):
+            rows = info.rows * self.config.views
             with torch.no_grad():
-                losses = cross_entropy(logits[: info.rows], labels[: info.rows], reduction="none")
-                correct = logits[: info.rows].argmax(1) == labels[: info.rows]
+                losses = cross_entropy(logits[:rows], labels[:rows], reduction="none")
+                correct = (logits[:rows].argmax(1) == labels[:rows]).float()
+                # A sample's views lie one behind the other.
+                losses, correct = (each.view(info.rows, -1).mean(1) for each in (losses, correct))
             if self._reporter.wants_batches:
-                self._reporter.batch(float(losses.mean()), float(correct.float().mean()))
+                self._reporter.batch(float(losses.mean()), float(correct.mean()))
             if self._diagnostics:
                 self._diagnostics.add(losses, correct, self.optimizer.sample_norms)
 
     def _release(self) -> bool:
         """Step the optimizer; False, with nothing changed, if the privacy budget is spent."""
+        if self.loader.current.last:
+            # The step changes them where they adapt; a copy stays on the device.
+            self._used_norms = self.optimizer.clipping.thresholds.clone()
         try:
             self.optimizer.step()
         except PrivacyBudgetExceeded as reason:
@@ -278,8 +287,13 @@ class Training:
             if self.average is not None:
                 self.average.update_parameters(self.model)
             if self._diagnostics:
-                norm = self.optimizer.max_grad_norm if self.config.clipping == "flat" else None
-                self._diagnostics.write(self.step, norm, self.optimizer.non_finite_samples)
+                flat = self.optimizer.clipping.rule.kind == "threshold" and len(self._used_norms) == 1
+                self._diagnostics.write(
+                    self.step,
+                    self._used_norm() if flat else None,
+                    self.optimizer.non_finite_samples,
+                    None if self._groups is None else self._groups.private,
+                )
         return True
 
     def _clock(self, started: float) -> None:
@@ -287,6 +301,10 @@ class Training:
         self._seconds += seconds
         self._training_seconds += seconds
         self._reporter.step(self.step, self._epsilon, self._rate())
+
+    def _used_norm(self) -> float:
+        """The norm that a sample's whole gradient was clipped to in the last step."""
+        return float(self._used_norms.square().sum().sqrt())
 
     def _epsilon(self) -> float:
         return self.engine.get_epsilon(self.config.delta)
@@ -312,11 +330,15 @@ class Training:
             "epsilon": self._epsilon(),
             "delta": self.config.delta,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "max_grad_norm": self.optimizer.max_grad_norm,
+            "max_grad_norm": self._used_norm(),
             "noise_multiplier": self.optimizer.noise_multiplier,
+            "gradient_noise_multiplier": self.optimizer.gradient_noise_multiplier,
             "seconds": self._seconds,
             "images_per_second": self._rate(),
         }
+        if self._groups is not None and self._groups.released:
+            released = self._groups.released
+            row |= {"selected_group": released["selected"], "group_ratios": released["ratios"].tolist()}
         self.folder.append_metrics(row)
         self._evaluated_at = self.step
         self._reporter.evaluation(row, self.split, self.total)
@@ -341,13 +363,17 @@ class Training:
             run={
                 "dataset_size": self.size,
                 "evaluated_on": {"split": self.split, "size": len(self.data.test_labels)},
+                "duplicates_removed": self.data.duplicates_removed,
                 "classes": self.data.classes,
                 "image_shape": list(self.data.train_images.shape[1:]),
                 "steps": self.total,
                 "expected_batch_size": self.loader.expected_batch_size,
                 "sample_rate": self.sample_rate,
-                "noise_multiplier": self.optimizer.noise_multiplier,
+                "noise_multiplier": self.optimizer.base_noise_multiplier,
+                "gradient_noise_multiplier": self.optimizer.gradient_noise_multiplier,
                 "max_grad_norm": self.optimizer.max_grad_norm,
+                "clipping": self.optimizer.clipping.config(),
+                "groups": None if self._groups is None else self._groups.config(),
                 "learning_rate": self.config.learning_rate,
                 "trained_parameters": sum(p.numel() for p in self.optimizer.trained()),
                 "device": str(self.device),

@@ -1,29 +1,21 @@
-"""The settings of `adaclip train`: their table, their checks, and which source wins. Needs no torch.
+"""The settings of `adaclip train`: their table and their checks. Needs no torch.
 
-Precedence: built-in defaults < the data set's shipped config < --config FILE < flags.
+`adaclip.train_sources` says where they come from and which source wins.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import json
 import math
-import sys
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field
-from importlib import resources
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from adaclip.accounting import ADJACENCIES
+from adaclip.schemes import SCHEMES
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+__all__ = ["MACHINE", "TrainConfig", "schedule_parts"]
 
-__all__ = ["MACHINE", "TrainConfig", "add_flags", "flags_given", "resolve", "resume_with"]
+# What may differ when a run is resumed: it changes where the run computes, not what.
+MACHINE = frozenset({"data_dir", "download", "max_batch_size", "device", "threads"})
 
 
 def _setting(default: Any, kind: type, help: str, *, choices: tuple[str, ...] = (), metavar: str = "") -> Any:
@@ -46,6 +38,9 @@ class TrainConfig:
         "mnist-mini",
         str,
         "mnist-mini, mnist, cifar10, medical_mnist, folder:PATH, or a MedMNIST name such as breastmnist",
+    )
+    scheme: str | None = _setting(
+        None, str, "a set of settings by name; the other flags change it", choices=tuple(SCHEMES)
     )
     data_dir: str | None = _setting(None, str, "folder with the data; default: a cache folder", metavar="DIR")
     download: bool = _setting(False, bool, "fetch what is missing, checked against known hashes")
@@ -82,8 +77,23 @@ class TrainConfig:
     batch_size: int = _setting(512, int, "expected size of a logical (Poisson) batch", metavar="B")
     epochs: int | None = _setting(None, int, "length of the run; an epoch is N / B steps", metavar="E")
     steps: int | None = _setting(None, int, "length of the run, instead of --epochs", metavar="T")
-    optimizer: str = _setting("sgd", str, "the optimizer", choices=("sgd", "adam", "adamw", "nadam"))
-    lr: float | None = _setting(None, float, "learning rate; default 0.5 for sgd, 1e-3 for the others")
+    optimizer: str = _setting(
+        "sgd",
+        str,
+        "the optimizer; noise-nadam and adambc take the noise's variance out of Adam's, disk filters gradients",
+        choices=("sgd", "adam", "adamw", "nadam", "noise-nadam", "adambc", "disk"),
+    )
+    lr: float | None = _setting(
+        None, float, "learning rate; default 0.5 for sgd and disk, 1e-3 for the others"
+    )
+    floor: float | None = _setting(
+        None,
+        float,
+        "of noise-nadam: least divisor in standard deviations of the noise (default 1); of adambc: least variance "
+        "(default 1e-8)",
+        metavar="KAPPA",
+    )
+    filter_gain: float = _setting(0.7, float, "of disk: weight of the newest gradient, in (0, 1]")
     momentum: float = _setting(0.0, float, "of sgd")
     weight_decay: float = _setting(0.0, float, "as the optimizer defines it")
     lr_schedule: str = _setting(
@@ -94,17 +104,77 @@ class TrainConfig:
     )
     warmup: int = _setting(0, int, "steps of linear warm-up", metavar="STEPS")
     clipping: str = _setting(
-        "flat", str, "one norm over all parameters, or one per layer", choices=("flat", "per_layer")
+        "flat",
+        str,
+        "how a sample's gradient is bounded: one norm or one per layer, fixed or following a private quantile; "
+        "normalized (automatic, psac); or chosen from a private histogram (dc_sgd)",
+        choices=(
+            "flat",
+            "per_layer",
+            "per_layer_adaptive",
+            "adaptive",
+            "automatic",
+            "psac",
+            "dc_sgd",
+            "dc_sgd_error",
+        ),
     )
-    max_grad_norm: float = _setting(1.0, float, "clipping norm of a sample's whole gradient", metavar="C")
+    max_grad_norm: float = _setting(
+        1.0, float, "clipping norm of a sample's whole gradient; the first one where it adapts", metavar="C"
+    )
+    norm_schedule: str = _setting(
+        "constant",
+        str,
+        "of flat clipping: KIND:END takes C to END times its first value over the run, KIND being linear, "
+        "exponential or cosine",
+        metavar="KIND[:END]",
+    )
+    noise_schedule: str = _setting(
+        "constant", str, "the same for the noise multiplier, within the budget", metavar="KIND[:END]"
+    )
+    quantile: float = _setting(
+        0.5, float, "share of gradients that the adaptive norms (and dc_sgd) leave unclipped, in (0, 1)"
+    )
+    clip_rate: float = _setting(0.2, float, "how fast adaptive norms move")
+    quantile_noise: float | None = _setting(
+        None,
+        float,
+        "noise of the quantile's count, or of dc_sgd's histogram; default: by the batch size",
+        metavar="SIGMA",
+    )
+    groups: str = _setting(
+        "off",
+        str,
+        "private statistics of label groups, a class each: report the one with the smallest gradients, give it "
+        "less weight, or train on it alone",
+        choices=("off", "report", "reweight", "select"),
+    )
+    group_noise: float = _setting(40.0, float, "of the groups' norm sums", metavar="SIGMA")
+    count_noise: float = _setting(40.0, float, "of the groups' counts", metavar="SIGMA")
+    smoothing: float = _setting(
+        0.0,
+        float,
+        "smoothed loss: gradients at weights moved by this share of their scale; 0: off",
+        metavar="TAU",
+    )
+    smoothing_signal: str = _setting(
+        "snr",
+        str,
+        "when the loss is smoothed: while the momentum's signal is weak, on a plateau, or always",
+        choices=("snr", "plateau", "always"),
+    )
+    views: int = _setting(
+        1, int, "random views of each sample, averaged before the clip; see --augment", metavar="K"
+    )
     ema: float = _setting(
         0.0, float, "evaluate an exponential moving average of the weights; 0: off", metavar="DECAY"
     )
     augment: str = _setting(
         "none",
         str,
-        "random views of the training images, one per use",
-        choices=("none", "shift", "flip", "shift-flip"),
+        "random views of the training images: shifted by up to an eighth or cropped after padding by 4 pixels, "
+        "and mirrored",
+        choices=("none", "shift", "flip", "shift-flip", "crop", "crop-flip"),
     )
     label_smoothing: float = _setting(
         0.0,
@@ -149,12 +219,21 @@ class TrainConfig:
             ("weight_decay", lambda v: 0 <= v < math.inf, "finite and at least 0"),
             ("ema", lambda v: 0 <= v < 1, "in [0, 1)"),
             ("label_smoothing", lambda v: 0 <= v < 1, "in [0, 1)"),
+            ("floor", lambda v: 0 < v < math.inf, "a positive finite number"),
+            ("filter_gain", lambda v: 0 < v <= 1, "in (0, 1]"),
+            ("quantile", lambda v: 0 < v < 1, "in (0, 1)"),
+            *(
+                (name, lambda v: 0 < v < math.inf, "a positive finite number")
+                for name in ("clip_rate", "quantile_noise", "group_noise", "count_noise")
+            ),
+            ("smoothing", lambda v: 0 <= v < math.inf, "finite and at least 0"),
             ("warmup", lambda v: v >= 0, "at least 0"),
             ("seed", lambda v: 0 <= v < 2**63, "in [0, 2^63)"),
             *(
                 (name, lambda v: v >= 1, "at least 1")
                 for name in (
                     "batch_size",
+                    "views",
                     "epochs",
                     "steps",
                     "eval_every",
@@ -171,6 +250,13 @@ class TrainConfig:
             raise ValueError(
                 f"momentum is sgd's, got momentum {self.momentum:g} with optimizer {self.optimizer}"
             )
+        if self.norm_schedule != "constant" and self.clipping != "flat":
+            raise ValueError(
+                f"norm_schedule must be constant unless clipping is flat, got {self.norm_schedule!r} with "
+                f"clipping {self.clipping}"
+            )
+        for name in ("norm_schedule", "noise_schedule"):
+            schedule_parts(name, getattr(self, name))
         return self
 
     @property
@@ -178,176 +264,20 @@ class TrainConfig:
         """`lr`, or the optimizer's default."""
         if self.lr is not None:
             return self.lr
-        return 0.5 if self.optimizer == "sgd" else 1e-3
+        return 0.5 if self.optimizer in ("sgd", "disk") else 1e-3
 
 
-_FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
-# What may differ when a run is resumed: it changes where the run computes, not what.
-MACHINE = frozenset({"data_dir", "download", "max_batch_size", "device", "threads"})
-_EXCLUSIVE = (("epsilon", "noise_multiplier"), ("epochs", "steps"))
-# A setting, and those that mean something else once it changes.
-_TIED = {"model": ("model_option",), "optimizer": ("lr", "momentum", "weight_decay")}
-
-
-# --- flags ----------------------------------------------------------------------------------------------
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for every setting. Flags that are not given leave no trace in the namespace."""
-    for name, spec in _FIELDS.items():
-        meta = spec.metadata
-        options: dict[str, Any] = {"help": meta["help"], "default": argparse.SUPPRESS, "dest": name}
-        if meta["kind"] is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif meta["kind"] is dict:
-            options |= {"action": _KeyValue, "metavar": meta["metavar"]}
-        else:
-            options["type"] = meta["kind"]
-            if meta["choices"]:
-                options["choices"] = meta["choices"]
-            elif meta["metavar"]:
-                options["metavar"] = meta["metavar"]
-            if spec.default not in (None, MISSING):
-                options["help"] += f" (default {spec.default})"
-        parser.add_argument("--" + name.replace("_", "-"), **options)
-
-
-class _KeyValue(argparse.Action):
-    """Collects key=value pairs into a dict."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any
-    ) -> None:
-        key, equals, text = values.partition("=")
-        if not key or not equals:
-            parser.error(f"--{self.dest.replace('_', '-')} must be KEY=VALUE, got {values!r}")
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = text
-        setattr(namespace, self.dest, getattr(namespace, self.dest, {}) | {key: value})
-
-
-def flags_given(namespace: argparse.Namespace) -> dict[str, Any]:
-    """The settings that were given as flags."""
-    return {name: value for name, value in vars(namespace).items() if name in _FIELDS}
-
-
-# --- files and precedence -------------------------------------------------------------------------------
-
-
-def resolve(flags: Mapping[str, Any], config: str | Path | None = None) -> TrainConfig:
-    """The checked settings of a new run.
-
-    Args:
-        flags: settings by name, the last word.
-        config: a TOML file with a [train] table.
-
-    A source that sets one of an exclusive pair (epsilon | noise_multiplier, epochs | steps) overrides the
-    other; one that changes the model or the optimizer drops what lower sources set for another one (model
-    options; lr, momentum, weight_decay).
-
-    Raises:
-        ValueError: an unknown key, a value of the wrong type or out of range, an unreadable file, an unknown
-        data set. OSError: the file cannot be read.
-    """
-    given = {} if config is None else _read(Path(config))
-    dataset = flags.get("dataset", given.get("dataset", TrainConfig.dataset))
-    merged: dict[str, Any] = {}
-    for source, layer in (
-        ("the data set's config", _shipped(dataset)),
-        (str(config), given),
-        ("flags", flags),
-    ):
-        merged = _overlay(merged, layer, source)
-    return TrainConfig(**merged).check()
-
-
-def resume_with(saved: Mapping[str, Any], flags: Mapping[str, Any]) -> TrainConfig:
-    """The settings of a resumed run: the saved ones, with the `MACHINE` settings of `flags`.
-
-    Raises:
-        ValueError: a flag contradicts the saved settings, or these are not settings of this version.
-    """
-    saved = _checked(saved, "config.json")
-    merged = dict(saved)
-    for name, value in flags.items():
-        before = saved.get(name)
-        if name in MACHINE:
-            merged[name] = value
-        elif (name != "model_option" and value != before) or (
-            name == "model_option" and value.items() - before.items()
-        ):
-            raise ValueError(
-                f"--{name.replace('_', '-')} must be what the run was started with, {before!r}, "
-                f"got {value!r}: start a new run to change it"
-            )
-    return TrainConfig(**merged).check()
-
-
-def _overlay(lower: dict[str, Any], upper: Mapping[str, Any], source: str) -> dict[str, Any]:
-    merged = dict(lower)
-    for pair in _EXCLUSIVE:
-        set_here = [name for name in pair if upper.get(name) is not None]
-        if len(set_here) == 2:
-            raise ValueError(f"only one of {pair[0]} and {pair[1]} may be given, got both in {source}")
-        if set_here:
-            for name in pair:
-                merged.pop(name, None)
-    for name, dependents in _TIED.items():
-        if name in upper and upper[name] != merged.get(name, _FIELDS[name].default):
-            for dependent in dependents:
-                merged.pop(dependent, None)
-    options = merged.get("model_option", {}) | dict(upper.get("model_option", {}))
-    return merged | dict(upper) | ({"model_option": options} if options else {})
-
-
-def _read(path: Path) -> dict[str, Any]:
+def schedule_parts(name: str, text: str) -> tuple[str, float] | None:
+    """(kind, end) of a schedule's setting "KIND:END", or None for "constant". Raises ValueError, naming `name`."""
+    if text == "constant":
+        return None
+    kind, _, number = text.partition(":")
     try:
-        text = path.read_text(encoding="utf-8")
-        tables = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a TOML file: {error}") from error
-    if set(tables) != {"train"} or not isinstance(tables["train"], dict):
+        end = float(number)
+    except ValueError:
+        end = math.nan
+    if kind not in ("linear", "exponential", "cosine") or not 0 < end < math.inf:
         raise ValueError(
-            f"{path} must hold one table, [train], got {', '.join(map(repr, tables)) or 'nothing'}"
+            f"{name} must be constant, linear:END, exponential:END or cosine:END with END above 0, got {text!r}"
         )
-    return _checked(tables["train"], str(path))
-
-
-def _shipped(dataset: str) -> dict[str, Any]:
-    kind = dataset.partition(":")[0]
-    folder = resources.files("adaclip") / "configs"
-    names = {entry.name for entry in folder.iterdir()}
-    if f"{kind}.toml" not in names:
-        # Only now: knowing every MedMNIST name costs an import of torch.
-        from adaclip.data import NAMES
-
-        if kind not in NAMES:
-            raise ValueError(f"dataset must be one of {', '.join(NAMES)} or folder:PATH, got {dataset!r}")
-        kind = "medmnist"
-    with resources.as_file(folder / f"{kind}.toml") as path:
-        return _read(path)
-
-
-def _checked(table: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """`table` with every key known and every value of its kind."""
-    unknown = [key for key in table if key not in _FIELDS]
-    if unknown:
-        raise ValueError(
-            f"{source} has unknown settings {', '.join(map(repr, unknown))}; known are {', '.join(_FIELDS)}"
-        )
-    checked = {}
-    for name, value in table.items():
-        kind, choices = _FIELDS[name].metadata["kind"], _FIELDS[name].metadata["choices"]
-        if kind is float and type(value) is int:
-            value = float(value)
-        if value is not None and type(value) is not kind:
-            raise ValueError(f"{name} in {source} must be {_KINDS[kind]}, got {value!r}")
-        if choices and value not in choices:
-            raise ValueError(f"{name} in {source} must be one of {', '.join(choices)}, got {value!r}")
-        checked[name] = value
-    return checked
-
-
-_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", dict: "a table"}
+    return kind, end

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from .noise import STREAM_GRADIENT, NoiseSource, address, check_chunks, checked_std, chunks, is_flat
+from .smoothing.disk import DiSK
+from .smoothing.nadam import DPAdamBC, NoiseCorrectedNadam
+from .step_rule import StepRule, StepState
 
 __all__ = ["noisy_update"]
-
-_FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam)
 
 
 @torch.no_grad()
 def noisy_update(
     optimizer: torch.optim.Optimizer,
     params: Iterable[Tensor],
-    stds: Iterable[float],
+    stds: Iterable[float] | Tensor,
     source: NoiseSource,
     step: int,
     *,
@@ -31,34 +32,51 @@ def noisy_update(
         params: the parameters to update, each one that the optimizer holds. Their order addresses the noise:
             parameter i takes the ``chunks(numel)`` chunks of the stream after those of the parameters before
             it. A ``p.grad`` of None counts as zeros: an empty batch still releases noise.
-        stds: one noise standard deviation per parameter, finite, at least 0; rounded up to a float32.
+        stds: one noise standard deviation per parameter, finite, at least 0; rounded up to a float32. A tensor
+            [len(params)] on another device than the CPU is used there without being read: it must be of a floating
+            dtype, and the caller answers for its values.
         source: the key.
         step: the number of this release, 0 to 2^64 - 1. Never use one twice with the same key and stream.
         stream: 0 to 2^32 - 1.
 
     Raises:
         ValueError: for a parameter that the optimizer does not hold, a repeated one, a sparse gradient, stds
-            of another length or out of range, a step or stream out of range, or LBFGS. Nothing has changed then.
+            of another length, shape or dtype or out of range, a step or stream out of range, or LBFGS. Nothing has
+            changed then.
 
     Parameters of the optimizer that are not in ``params`` are left alone, whatever their gradient. State is kept
     in ``optimizer.state`` under torch's own keys, so checkpoints are torch's and a plain ``optimizer.step()``
     could go on from them. With stds of 0 the result is ``optimizer.step()``'s, up to rounding.
 
-    For exactly SGD, Adam, AdamW and NAdam on float32 CPU tensors that fill one block of memory each, with equally
-    strided gradients and plain options, everything is one pass and ``p.grad`` is only read. All else (amsgrad,
-    capturable, differentiable, tensor options, step hooks, other dtypes, devices or optimizers) adds the noise
-    to ``p.grad`` and calls ``optimizer.step()``.
+    For exactly SGD, Adam, AdamW, NAdam and the optimizers of adaclip.smoothing on float32 CPU tensors that fill one
+    block of memory each, with equally strided gradients and plain options, everything is one pass and ``p.grad`` is
+    only read. All else (amsgrad, capturable, differentiable, tensor options, step hooks, other dtypes, devices or
+    optimizers) adds the noise to ``p.grad`` and calls ``optimizer.step()``, after ``optimizer.note_noise(params,
+    stds)`` where the optimizer has that method.
     """
-    params, stds = list(params), [checked_std(std) for std in stds]
+    params, stds = list(params), _checked_stds(stds)
     step, stream = address(step, stream)
     _check(optimizer, params, stds)
-    if _fusable(optimizer, params):
+    if isinstance(stds, list) and _fusable(optimizer, params):
         _fused_update(optimizer, params, stds, source, step, stream)
     else:
         _generic_update(optimizer, params, stds, source, step, stream)
 
 
-def _check(optimizer: torch.optim.Optimizer, params: list[Tensor], stds: list[float]) -> None:
+Stds = list[float] | Tensor
+
+
+def _checked_stds(stds: Iterable[float] | Tensor) -> Stds:
+    if isinstance(stds, Tensor):
+        if stds.dim() != 1 or not stds.is_floating_point():
+            raise ValueError(f"stds must be floating and of shape [parameters], got {_show(stds)}")
+        if stds.device.type != "cpu":
+            return stds
+        stds = stds.tolist()
+    return [checked_std(std) for std in stds]
+
+
+def _check(optimizer: torch.optim.Optimizer, params: list[Tensor], stds: Stds) -> None:
     if len(stds) != len(params):
         raise ValueError(f"stds must be one per parameter, got {len(stds)} for {len(params)} parameters")
     if isinstance(optimizer, torch.optim.LBFGS):
@@ -95,7 +113,7 @@ def _with_first_chunk(params: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
 def _generic_update(
     optimizer: torch.optim.Optimizer,
     params: list[Tensor],
-    stds: list[float],
+    stds: Stds,
     source: NoiseSource,
     step: int,
     stream: int,
@@ -111,6 +129,8 @@ def _generic_update(
             p.grad = torch.zeros_like(p)
         for (first, p), std in zip(_with_first_chunk(params), stds, strict=True):
             source.normal_(p.grad, step, stream, std, first, add=True)
+        if hasattr(optimizer, "note_noise"):
+            optimizer.note_noise(params, stds)
         optimizer.step()
     finally:
         for p, grad in hidden:
@@ -119,11 +139,12 @@ def _generic_update(
             p.grad = None
 
 
-# --- SGD, Adam, AdamW, NAdam in one pass
+# --- in one pass
 
 
 def _fusable(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> bool:
-    if type(optimizer) not in _FUSED:
+    # The exact type: a subclass may do anything in its step.
+    if type(optimizer) not in _RULES:
         return False
     # A hook of the user's, or a gradient scaler's verdict, belongs to optimizer.step().
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
@@ -166,13 +187,13 @@ def _fused_update(
     stream: int,
 ) -> None:
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    rule = _sgd if isinstance(optimizer, torch.optim.SGD) else _adaptive
+    begin = _RULES[type(optimizer)]
     steps, changed = [], []
     for (first, p), std in zip(_with_first_chunk(params), stds, strict=True):
-        momentum, square, numbers = rule(optimizer, groups[id(p)], p)
+        momentum, square, rule = begin(optimizer, groups[id(p)], p, std)
         touched = [t for t in (p, momentum, square) if t is not None]
         pointers = [0 if t is None else t.data_ptr() for t in (p, p.grad, momentum, square)]
-        steps.append((*pointers, p.numel(), first, (std, *numbers)))
+        steps.append((*pointers, p.numel(), first, (std, *rule)))
         changed += touched
     source.noisy_step(steps, step, stream)
     torch.autograd.graph.increment_version(changed)
@@ -180,15 +201,11 @@ def _fused_update(
     optimizer._opt_called = True
 
 
-Rule = tuple[Tensor | None, Tensor | None, tuple[float, ...]]
-
-
-def _sgd(optimizer: torch.optim.Optimizer, group: dict, p: Tensor) -> Rule:
-    """Momentum, no squares, and the numbers after std of csrc/core/noisy_step.h's StepRule."""
+def _sgd(optimizer: torch.optim.Optimizer, group: dict, p: Tensor, std: float) -> StepState:
     sign = -1.0 if group["maximize"] else 1.0
     lr, mu, l2 = group["lr"], group["momentum"], group["weight_decay"]
     if mu == 0:
-        return None, None, (sign, l2, 1.0, 0.0, 0.0, lr, 0.0, 0.0, 0.0, 0.0, 0.0)
+        return StepState(None, None, StepRule(sign, l2, direct=lr))
     state = optimizer.state[p]
     momentum = state.get("momentum_buffer")
     # torch begins with the gradient itself, undamped.
@@ -196,11 +213,11 @@ def _sgd(optimizer: torch.optim.Optimizer, group: dict, p: Tensor) -> Rule:
     if momentum is None:
         momentum = state["momentum_buffer"] = torch.zeros_like(p)
     direct, follow = (lr, lr * mu) if group["nesterov"] else (0.0, lr)
-    return momentum, None, (sign, l2, 1.0, decay, keep, direct, follow, 0.0, 0.0, 0.0, 0.0)
+    rule = StepRule(sign, l2, decay=decay, keep=keep, direct=direct, follow=follow)
+    return StepState(momentum, None, rule)
 
 
-def _adaptive(optimizer: torch.optim.Optimizer, group: dict, p: Tensor) -> Rule:
-    """Momentum, squares, and the numbers after std of csrc/core/noisy_step.h's StepRule."""
+def _adaptive(optimizer: torch.optim.Optimizer, group: dict, p: Tensor, std: float) -> StepState:
     nadam = isinstance(optimizer, torch.optim.NAdam)
     state = optimizer.state[p]
     if len(state) == 0:
@@ -222,7 +239,29 @@ def _adaptive(optimizer: torch.optim.Optimizer, group: dict, p: Tensor) -> Rule:
         direct, follow = 0.0, lr / (1 - beta1**t)
     decoupled = group["decoupled_weight_decay"]
     shrink, l2 = (1 - lr * group["weight_decay"], 0.0) if decoupled else (1.0, group["weight_decay"])
-    sign = -1.0 if group["maximize"] else 1.0
-    scale = (1 - beta2**t) ** -0.5
-    numbers = (sign, l2, shrink, beta1, 1 - beta1, direct, follow, beta2, 1 - beta2, scale, group["eps"])
-    return state["exp_avg"], state["exp_avg_sq"], numbers
+    rule = StepRule(
+        sign=-1.0 if group["maximize"] else 1.0,
+        l2=l2,
+        shrink=shrink,
+        decay=beta1,
+        keep=1 - beta1,
+        direct=direct,
+        follow=follow,
+        square_decay=beta2,
+        square_keep=1 - beta2,
+        scale=(1 - beta2**t) ** -0.5,
+        eps=group["eps"],
+    )
+    return StepState(state["exp_avg"], state["exp_avg_sq"], rule)
+
+
+# Each begins a parameter's step: it counts the step in optimizer.state, where it makes what is missing.
+_RULES: dict[type, Callable[[torch.optim.Optimizer, dict, Tensor, float], StepState]] = {
+    torch.optim.SGD: _sgd,
+    torch.optim.Adam: _adaptive,
+    torch.optim.AdamW: _adaptive,
+    torch.optim.NAdam: _adaptive,
+    NoiseCorrectedNadam: NoiseCorrectedNadam.fused_state,
+    DPAdamBC: DPAdamBC.fused_state,
+    DiSK: DiSK.fused_state,
+}

@@ -13,6 +13,7 @@
 #include "core/bernoulli.h"
 #include "core/chacha20.h"
 #include "core/clip_and_sum.h"
+#include "core/clip_factors.h"
 #include "core/conv_sample_norms.h"
 #include "core/conv_weighted_grad.h"
 #include "core/group_norm.h"
@@ -20,6 +21,8 @@
 #include "core/noisy_step.h"
 #include "core/normal.h"
 #include "core/parallel.h"
+#include "core/perturb.h"
+#include "core/sample_statistics.h"
 #include "core/simd.h"
 
 namespace py = pybind11;
@@ -55,6 +58,13 @@ adaclip::NormMethod norm_method(const std::string& name) {
   if (name == "gram") return adaclip::NormMethod::gram;
   if (name == "instantiate") return adaclip::NormMethod::instantiate;
   throw std::invalid_argument("method must be gram or instantiate, got " + name);
+}
+
+adaclip::ClipKind clip_kind(const std::string& name) {
+  if (name == "threshold") return adaclip::ClipKind::threshold;
+  if (name == "normalized") return adaclip::ClipKind::normalized;
+  if (name == "psac") return adaclip::ClipKind::psac;
+  throw std::invalid_argument("kind must be threshold, normalized or psac, got " + name);
 }
 
 std::pair<std::string, bool> named(const adaclip::MethodChoice& choice) {
@@ -121,22 +131,38 @@ PYBIND11_MODULE(_core, m) {
   // One tuple per tensor: addresses of parameter, gradient, momentum and square (0: none), number of
   // elements, first chunk, and the numbers of StepRule in its order.
   using Step =
-      std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, std::array<float, 12>>;
+      std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, std::array<float, 14>>;
   m.def("noisy_step", [](const std::string& key, uint64_t step, uint32_t stream,
                          const std::vector<Step>& steps, int threads) {
     std::vector<adaclip::StepTensor> tensors;
     tensors.reserve(steps.size());
     for (const auto& [param, grad, momentum, square, n, first_chunk, r] : steps)
-      tensors.push_back({reinterpret_cast<float*>(param),
-                         reinterpret_cast<const float*>(grad),
-                         reinterpret_cast<float*>(momentum),
-                         reinterpret_cast<float*>(square),
-                         n,
-                         first_chunk,
-                         {r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8], r[9], r[10], r[11]}});
+      tensors.push_back(
+          {reinterpret_cast<float*>(param),
+           reinterpret_cast<const float*>(grad),
+           reinterpret_cast<float*>(momentum),
+           reinterpret_cast<float*>(square),
+           n,
+           first_chunk,
+           {r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7], r[8], r[9], r[10], r[11], r[12], r[13]}});
     const auto ks = keystream(key, step, stream);
     py::gil_scoped_release unlocked;
     adaclip::noisy_step(ks, tensors.data(), static_cast<int64_t>(tensors.size()), threads);
+  });
+  // One tuple per tensor: addresses of parameter, output, shift and direction (0: none), number of
+  // elements, first chunk, standard deviation of the shift, and length along the direction.
+  using Moved = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, float, float>;
+  m.def("perturb", [](const std::string& key, uint64_t step, uint32_t stream, const std::vector<Moved>& moved,
+                      bool draw, float sign, int threads) {
+    std::vector<adaclip::PerturbTensor> tensors;
+    tensors.reserve(moved.size());
+    for (const auto& [param, out, shift, direction, n, first_chunk, std, length] : moved)
+      tensors.push_back({reinterpret_cast<const float*>(param), reinterpret_cast<float*>(out),
+                         reinterpret_cast<float*>(shift), reinterpret_cast<const float*>(direction), n,
+                         first_chunk, std, length});
+    const auto ks = keystream(key, step, stream);
+    py::gil_scoped_release unlocked;
+    adaclip::perturb(ks, tensors.data(), static_cast<int64_t>(tensors.size()), draw, sign, threads);
   });
   m.def("row_sqnorms",
         [](uintptr_t x, int64_t rows, int64_t width, uintptr_t out, bool accumulate, int threads) {
@@ -158,6 +184,39 @@ PYBIND11_MODULE(_core, m) {
     py::gil_scoped_release unlocked;
     adaclip::weighted_sum(reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(factors), rows,
                           width, reinterpret_cast<float*>(out), false, noise, denominator, threads);
+  });
+  m.def("clip_factors", [](uintptr_t sqnorms, uintptr_t thresholds, uintptr_t weights, int64_t groups,
+                           int64_t rows, int64_t real, const std::string& kind, double stability,
+                           double slack, double unit, double denominator, uintptr_t factors, uintptr_t norms,
+                           uintptr_t shares) {
+    const adaclip::ClipRule rule{clip_kind(kind), stability, slack, unit, denominator};
+    py::gil_scoped_release unlocked;
+    adaclip::clip_factors(
+        reinterpret_cast<const double*>(sqnorms), reinterpret_cast<const double*>(thresholds),
+        reinterpret_cast<const double*>(weights), groups, rows, real, rule, reinterpret_cast<float*>(factors),
+        reinterpret_cast<double*>(norms), reinterpret_cast<double*>(shares));
+  });
+  m.def("sample_statistics", [](uintptr_t sqnorms, uintptr_t thresholds, int64_t groups, int64_t rows,
+                                int64_t real, double unit, uintptr_t below, uintptr_t histogram,
+                                uintptr_t edges, int64_t bins, uintptr_t group_sums, uintptr_t group_counts,
+                                uintptr_t labels, uintptr_t table, uintptr_t shares) {
+    const adaclip::SampleCounts counts{
+        reinterpret_cast<double*>(below),         reinterpret_cast<double*>(histogram),
+        reinterpret_cast<const double*>(edges),   bins,
+        reinterpret_cast<double*>(group_sums),    reinterpret_cast<double*>(group_counts),
+        reinterpret_cast<const int64_t*>(labels), reinterpret_cast<const int64_t*>(table),
+        reinterpret_cast<const double*>(shares)};
+    py::gil_scoped_release unlocked;
+    adaclip::sample_statistics(reinterpret_cast<const double*>(sqnorms),
+                               reinterpret_cast<const double*>(thresholds), groups, rows, real, unit, counts);
+  });
+  m.def("follow_quantile", [](uintptr_t thresholds, uintptr_t run, uintptr_t noisy_below, uintptr_t low,
+                              uintptr_t high, int64_t groups, double denominator, double quantile,
+                              double rate, bool accelerate) {
+    adaclip::follow_quantile(reinterpret_cast<double*>(thresholds), reinterpret_cast<double*>(run),
+                             reinterpret_cast<const double*>(noisy_below),
+                             reinterpret_cast<const double*>(low), reinterpret_cast<const double*>(high),
+                             groups, {denominator, quantile, rate, accelerate});
   });
   m.def("threading_backend", [] { return std::string(adaclip::threading_backend()); });
 

@@ -1,7 +1,8 @@
 """Small correct steps for the audits, in numpy, and their faulty twins.
 
-Each is an AuditedStep. What the product does not have yet (adaptive clipping, selection by label group,
-several views of an example) is here as it must be, with switches for the ways in which it goes wrong.
+Each is an AuditedStep: plain, with adaptive clipping, with selection by label group, with several views of an
+example, as it must be and with switches for the ways in which it goes wrong. They judge the audits; the
+product's own steps are judged in test_auditing.py, test_auditing_adaptive.py and test_planted_faults.py.
 """
 
 import numpy as np

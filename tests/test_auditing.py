@@ -14,7 +14,8 @@ from adaclip.auditing.trace import record
 from adaclip.clipped_sum import ClippedSum
 from adaclip.clipping import PerLayerClipping
 from adaclip.optimizer import DPOptimizer
-from adaclip.sampler import PoissonLoader, _Part
+from adaclip.planned import Part
+from adaclip.sampler import PoissonLoader
 
 DELTA = 1e-5
 
@@ -152,7 +153,7 @@ def test_shuffled_batches_accounted_as_poisson_are_flagged(monkeypatch):
 
     def shuffled(self, start):
         for i, indices in enumerate(np.array_split(rng.permutation(self.dataset_size), self.steps_per_epoch)):
-            yield _Part(indices, start + i, True, True)
+            yield Part(indices, start + i, True, True)
 
     monkeypatch.setattr(PoissonLoader, "_plan", shuffled)
     report = audit()
@@ -180,10 +181,10 @@ class EveryLayerItsOwnC(PerLayerClipping):
 
     @property
     def max_grad_norm(self):
-        return self.thresholds[0]
+        return self.thresholds[0].item()
 
-    def noise_std(self, noise_multiplier):
-        return [noise_multiplier * c for c in self.thresholds]
+    def noise_scale(self):
+        return self.thresholds
 
 
 def test_a_norm_per_layer_noised_like_one_norm_is_flagged():

@@ -1,4 +1,4 @@
-"""Steps that the product does not have yet: the audit passes a correct one and flags each faulty twin."""
+"""Steps of every kind in numpy: the audit passes a correct one and flags each faulty twin."""
 
 import numpy as np
 import pytest

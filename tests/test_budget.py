@@ -26,7 +26,7 @@ STEP = SubsampledGaussian(0.1, 1.5)
 
 
 def test_a_plan_allows_its_releases_and_no_more():
-    budget, spent = Budget(2.0, 1e-5, Event(STEP, 3)), Ledger()
+    budget, spent = Budget(2.0, 1e-5, [Event(STEP, 3)]), Ledger()
     for _ in range(3):
         budget.check(spent, STEP)
         spent.append(STEP)
@@ -34,12 +34,29 @@ def test_a_plan_allows_its_releases_and_no_more():
         budget.check(spent, STEP)
 
 
+def test_a_plan_of_several_noises_keeps_their_order():
+    other = SubsampledGaussian(0.1, 1.25)
+    budget, spent = Budget(2.0, 1e-5, [Event(STEP, 1), Event(STEP, 1), Event(other, 2)]), Ledger()
+    for release in (STEP, STEP, other, other):
+        wrong = other if release == STEP else STEP
+        with pytest.raises(
+            PrivacyBudgetExceeded, match=r"2 releases of .*, then 2 releases of .*and nothing else"
+        ):
+            budget.check(spent, wrong)
+        budget.check(spent, release)
+        spent.append(release)
+    with pytest.raises(PrivacyBudgetExceeded, match="all 4 releases"):
+        budget.check(spent, other)
+    with pytest.raises(ValueError, match="at least one release"):
+        Budget(2.0, 1e-5, [])
+
+
 @pytest.mark.parametrize(
     "release",
     [SubsampledGaussian(0.1, 1.6), SubsampledGaussian(0.05, 1.5), SubsampledGaussian(1.0, 1.5, "shuffled")],
 )
 def test_a_plan_refuses_anything_else_even_if_it_costs_less(release):
-    budget = Budget(2.0, 1e-5, Event(STEP, 3))
+    budget = Budget(2.0, 1e-5, [Event(STEP, 3)])
     with pytest.raises(PrivacyBudgetExceeded, match="and nothing else"):
         budget.check(Ledger(adjacency="zero_out"), release)
     with pytest.raises(PrivacyBudgetExceeded, match="and nothing else"):
@@ -136,7 +153,15 @@ def test_a_damaged_filter_is_refused(changes, message):
         RDPFilter.from_state_dict({k: state[k] for k in ("epsilon", "delta")})
 
 
-@pytest.mark.parametrize("plan", [None, Event(STEP, 7), Event(SubsampledGaussian(1.0, 2.0, "shuffled"), 2)])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        None,
+        [Event(STEP, 7)],
+        [Event(SubsampledGaussian(1.0, 2.0, "shuffled"), 2)],
+        [Event(STEP, 2), Event(SubsampledGaussian(0.1, 1.25), 3)],
+    ],
+)
 def test_a_budget_is_restored_from_json(plan):
     budget = Budget(2.0, 1e-5, plan)
     if plan is None:

@@ -20,7 +20,7 @@ PRIVATE_WORDS = (
     "train_loss",
     "train_accuracy",
     "rows",
-    "quantile",
+    "norm_quantiles",
     "clipped_fraction",
     "non_finite",
     "sample_norms",
@@ -127,7 +127,7 @@ def test_a_run_folder_holds_everything_and_nothing_private(run):
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert set(rows[0]) == {
         "step", "epoch", "test_accuracy", "test_loss", "epsilon", "delta", "lr", "max_grad_norm",
-        "noise_multiplier", "seconds", "images_per_second",
+        "noise_multiplier", "gradient_noise_multiplier", "seconds", "images_per_second",
     }  # fmt: skip
     assert rows[0]["epsilon"] < rows[1]["epsilon"] < rows[2]["epsilon"] <= 3.0
     ledger = Ledger.load(folder / "ledger.json")

@@ -24,7 +24,16 @@ def test_the_engine_passes_and_says_how_much_is_proven(capsys):
 
 @pytest.mark.parametrize(
     "extra",
-    [[], ["--clipping", "per_layer"], ["--method", "one-run"], ["--method", "two-run", "--runs", "4"]],
+    [
+        [],
+        ["--clipping", "per_layer"],
+        ["--clipping", "automatic"],
+        ["--clipping", "adaptive", "--groups", "3", "--side-trials", "200"],
+        ["--clipping", "dc_sgd", "--side-trials", "200"],
+        ["--method", "one-run"],
+        ["--method", "one-run", "--clipping", "adaptive", "--groups", "2"],
+        ["--method", "two-run", "--runs", "4"],
+    ],
 )
 def test_json_names_claim_and_verdict(extra, capsys):
     assert main([*SMALL, "--epsilon", "2", "--json", *extra]) == 0
@@ -34,6 +43,14 @@ def test_json_names_claim_and_verdict(extra, capsys):
     assert 0.0 <= told["epsilon_lower"] <= 2.0
     assert told["steps"] == 60
     assert told["canaries"] == 100
+
+
+def test_what_is_released_beside_the_gradient_is_checked_too(capsys):
+    extra = ["--clipping", "adaptive", "--groups", "2", "--side-trials", "100", "--json"]
+    assert main([*SMALL, *extra]) == 0
+    names = [check["name"] for check in json.loads(capsys.readouterr().out)["checks"]]
+    for part in ("threshold 0 of the next step", "the selected group", "group 1 of the noisy counts"):
+        assert any(part in name for name in names), names
 
 
 def test_few_canaries_are_joined_by_other_examples(capsys):
@@ -65,6 +82,9 @@ def test_a_broken_engine_is_flagged_with_exit_code_1(monkeypatch, capsys):
         (["--confidence", "1"], "confidence"),
         (["--seed", "-1"], "seed"),
         (["--runs", "5"], "runs"),
+        (["--groups", "0"], "groups"),
+        (["--side-trials", "0"], "side-trials"),
+        (["--clipping", "soft"], "clipping"),
         (["--method", "two-run", "--runs", "1"], "runs"),
         (["--method", "guess"], "method"),
         (["--accountant", "none"], "accountant"),

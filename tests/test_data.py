@@ -266,13 +266,47 @@ def test_medical_mnist(tmp_path):
     assert data.test_labels.tolist() == list(range(6))
     with pytest.warns(UserWarning, match="is the copy complete"):
         assert load("medical_mnist", tmp_path / "medical_mnist", image_size=32).image_size == (32, 32)
+    assert data.duplicates_removed == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*is the copy complete")
+@pytest.mark.parametrize("size", [None, 8])
+def test_medical_mnist_is_not_tested_on_training_images(tmp_path, size):
+    """Equality is that of the pixels before resizing, whatever the file's bytes are."""
+    files = {}
+    for label, name in enumerate(folder.MEDICAL_CLASSES):
+        for i in range(5):
+            files[f"medical_mnist/{name}/{i:03d}.png"] = image_bytes(pixels(64, 64, seed=100 * label + i))
+    labels = torch.arange(len(folder.MEDICAL_CLASSES)).repeat_interleave(5)
+    train, test = folder.stratified_split(labels, folder.TEST_FRACTION, folder.SPLIT_SEED)
+    names = list(files)
+    # One test image is a training image's pixels in another file format; one is its neighbor by one value.
+    source = names[int(train[2])]
+    label, index = divmod(int(train[2]), 5)
+    picture = pixels(64, 64, seed=100 * label + index)
+    assert files[source] == image_bytes(picture)
+    same, near = names[int(test[0])], names[int(test[1])]
+    files[same] = image_bytes(picture, "BMP")
+    changed = picture.copy()
+    changed[0, 0] ^= 1
+    files[near] = image_bytes(changed)
+    write(tmp_path, files)
+    data = load("medical_mnist", tmp_path, image_size=size)
+    assert data.duplicates_removed == 1
+    assert data.test_labels.tolist() == [1, 2, 3, 4, 5]
+    assert len(data.train_labels) == 24
+    assert data.holdout(0.3).duplicates_removed == 0
+    for name in names:
+        (tmp_path / name).write_bytes(image_bytes(picture))
+    with pytest.raises(DataError, match=r"every test image of .* equals a training image"):
+        load("medical_mnist", tmp_path, image_size=size)
 
 
 REAL = [
     ("mnist", (60000, 1, 28, 28), 10000, 10, "train 33.32 test 33.79"),
     ("cifar10", (50000, 3, 32, 32), 10000, 10, "train 120.71 test 121.53"),
     ("breastmnist", (546, 1, 28, 28), 156, 2, None),
-    ("medical_mnist", (47163, 1, 64, 64), 11791, 6, None),
+    ("medical_mnist", (47163, 1, 64, 64), 11791 - 138, 6, None),
 ]
 
 

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -75,6 +75,8 @@ def test_convolutions(rank, backend):
     @given(convolutions(rank))
     def run(case):
         module, x = case
+        # A lone weight's gradients cancel within samples (the norm is a bound then) and between two of them.
+        assume(module.weight.numel() > 2)
         check(nn.Sequential(module), x, backend=backend)
 
     run()

@@ -11,7 +11,7 @@ from core_calls import LEVELS, simd
 from scipy import stats
 
 from adaclip import _core
-from adaclip.noise import STREAM_SAMPLER, NoiseSource, checked_std
+from adaclip.noise import STREAM_SAMPLER, NoiseSource, checked_std, rounded_up
 
 COUNTING_KEY = bytes(range(32))
 
@@ -287,3 +287,10 @@ def test_bad_addresses_and_rates_are_refused():
     for n in (-1, (1 << 35) + 1, 2.0):
         with pytest.raises(ValueError, match="n must be an int in"):
             source.bernoulli(n, 0.5, 0)
+
+
+def test_standard_deviations_of_tensors_are_rounded_up_like_numbers():
+    values = [0.0, 1.0, 0.1, 1 + 2.0**-30, 3.3e-5, 2.0**-140, 1e30]
+    ours = rounded_up(torch.tensor(values, dtype=torch.float64))
+    assert ours.dtype == torch.float32
+    assert ours.tolist() == [checked_std(value) for value in values]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from adaclip import update
 from adaclip.noise import NoiseSource, chunks
+from adaclip.smoothing import DiSK, DPAdamBC, NoiseCorrectedNadam
 from adaclip.update import noisy_update
 
 SHAPES = [(7,), (160,), (161,), (33, 21), (8, 3, 5, 5), (0,), ()]
@@ -72,11 +73,27 @@ nadam = st.builds(
     st.sampled_from([4e-3, 0.1]),
     st.booleans(),
 )
+corrected = st.fixed_dictionaries(
+    {
+        "lr": st.sampled_from([1e-3, 0.05]),
+        "betas": st.sampled_from([(0.9, 0.999), (0.0, 0.9), (0.3, 0.5)]),
+        "eps": st.sampled_from([1e-8, 1e-3]),
+        "weight_decay": st.sampled_from([0.0, 1e-2]),
+        "noise_std": st.just(0.0),
+        "absolute_floor": st.sampled_from([0.0, 0.1]),
+        "nesterov": st.booleans(),
+    }
+)
+disk = st.fixed_dictionaries(
+    {"lr": st.just(0.1), "kappa": st.sampled_from([0.3, 1.0]), "weight_decay": st.sampled_from([0.0, 1e-2])}
+)
 any_optimizer = st.one_of(
     st.tuples(st.just(torch.optim.SGD), sgd),
     st.tuples(st.just(torch.optim.Adam), adam),
     st.tuples(st.just(torch.optim.AdamW), adam),
     st.tuples(st.just(torch.optim.NAdam), nadam),
+    st.tuples(st.just(NoiseCorrectedNadam), corrected),
+    st.tuples(st.just(DiSK), disk),
 )
 KINDS = [
     (torch.optim.SGD, {"lr": 0.1}),
@@ -84,6 +101,9 @@ KINDS = [
     (torch.optim.Adam, {"lr": 0.01, "weight_decay": 0.01}),
     (torch.optim.AdamW, {"lr": 0.01}),
     (torch.optim.NAdam, {"lr": 0.01}),
+    (NoiseCorrectedNadam, {"lr": 0.01, "floor": 0.3, "weight_decay": 0.01}),
+    (DPAdamBC, {"lr": 0.01, "gamma": 0.01}),
+    (DiSK, {"lr": 0.1, "weight_decay": 0.01}),
 ]
 
 
@@ -114,6 +134,8 @@ def test_noise_is_added_to_the_gradient_as_normal_draws_it(kind, options, must_f
         for p, std in zip(theirs, stds, strict=True):
             NoiseSource(7).normal_(p.grad, step, stream=3, std=std, first_chunk=first, add=True)
             first += chunks(p.numel())
+        if hasattr(their_optimizer, "note_noise"):
+            their_optimizer.note_noise(theirs, stds)
         their_optimizer.step()
     _assert_close(ours, theirs)
 
@@ -179,8 +201,11 @@ def test_state_is_torchs_own_and_travels_both_ways(kind, options, must_fuse):
     for i in torchs["state"]:
         assert mine["state"][i].keys() == torchs["state"][i].keys()
         for name, value in torchs["state"][i].items():
-            assert mine["state"][i][name].dtype == value.dtype
-            _assert_close([mine["state"][i][name]], [value])
+            if isinstance(value, torch.Tensor):
+                assert mine["state"][i][name].dtype == value.dtype
+                _assert_close([mine["state"][i][name]], [value])
+            else:
+                assert mine["state"][i][name] == value
     # Swap the states: torch goes on from ours, we go on from torch's.
     our_optimizer.load_state_dict(copy.deepcopy(torchs))
     their_optimizer.load_state_dict(copy.deepcopy(mine))
@@ -327,6 +352,19 @@ def test_a_saved_activation_that_the_update_overwrote_is_caught(must_fuse):
         loss.backward()
 
 
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_a_tensor_of_stds_is_the_same_as_a_list(kind, options, must_fuse):
+    ours, our_optimizer, theirs, their_optimizer = _twins(lambda p: kind(p, **options))
+    stds = torch.rand(len(ours), dtype=torch.float64)
+    for params, optimizer, given_stds in (
+        (ours, our_optimizer, stds),
+        (theirs, their_optimizer, stds.tolist()),
+    ):
+        _set_grads(params, 0)
+        noisy_update(optimizer, params, given_stds, NoiseSource(5), 0)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
 def test_bad_arguments_are_refused_before_anything_changes():
     params = _params()
     optimizer = torch.optim.SGD(params, lr=0.1, momentum=0.9)
@@ -339,6 +377,9 @@ def test_bad_arguments_are_refused_before_anything_changes():
         ("std must be finite and at least 0, got -1.0", (params, [*good[1:], -1.0], 0)),
         ("std must be finite and at least 0, got nan", (params, [*good[1:], math.nan], 0)),
         ("must be a parameter of the optimizer", ([*params, stranger], [*good, 1.0], 0)),
+        ("stds must be floating and of shape", (params, torch.ones(len(params), 1), 0)),
+        ("stds must be floating and of shape", (params, torch.ones(len(params), dtype=torch.int64), 0)),
+        ("std must be finite and at least 0, got nan", (params, torch.full((len(params),), math.nan), 0)),
         ("is there twice", ([*params, params[0]], [*good, 1.0], 0)),
         ("step must be an int in", (params, good, -1)),
     ]

@@ -14,14 +14,16 @@ from torch import nn
 
 from adaclip import train
 from adaclip.accounting import Event, Ledger, SubsampledGaussian
-from adaclip.assembly import learning_rate, moving_average, pick_device
+from adaclip.assembly import learning_rate, pick_device
 from adaclip.augment import AUGMENTATIONS, augment
 from adaclip.interrupts import Interrupts
 from adaclip.plots import plot_run
 from adaclip.progress import Bar, Lines, Silent, make_reporter
 from adaclip.runs import RunFolder
+from adaclip.smoothing import moving_average
 from adaclip.train import Training, evaluate
-from adaclip.train_config import TrainConfig, resolve
+from adaclip.train_config import TrainConfig
+from adaclip.train_sources import resolve
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -232,12 +234,12 @@ def test_views_and_dropout_masks_are_secret(tmp_path, tiny_run, monkeypatch):
     images = torch.arange(64 * 256).reshape(64, 1, 16, 16)
     views, masks = [], []
 
-    def noting(batch, kind, generator):
+    def noting(batch, kind, generator, count=1):
         views.append(augment(images, kind, generator))
         masks.append(nn.functional.dropout(torch.ones(256)))
-        return augment(batch, kind, generator)
+        return augment(batch, kind, generator, count)
 
-    monkeypatch.setattr(train, "augment", noting)
+    monkeypatch.setattr("adaclip.augment.augment", noting)
     for name in "ab":
         tiny_run(tmp_path / name, steps=2, max_batch_size=30, augment="shift-flip").run(quiet=True)
         stored = torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
@@ -271,6 +273,8 @@ def test_labels_are_smoothed_in_training_only(tmp_path, tiny_run, monkeypatch):
 
     def noting(logits, labels, **options):
         (training_calls if logits.requires_grad else other_calls).append(options.get("label_smoothing", 0.0))
+        # A mean would divide by the private number of rows.
+        assert options["reduction"] == "sum" or not logits.requires_grad
         return original(logits, labels, **options)
 
     monkeypatch.setattr(train, "cross_entropy", noting)
@@ -289,9 +293,22 @@ def test_a_validation_part_shrinks_the_training_set(tmp_path, tiny_run):
     assert "validation_accuracy" in training.run(quiet=True)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "nadam"])
+OPTIMIZERS = ["sgd", "adam", "adamw", "nadam", "noise-nadam", "adambc", "disk"]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_trains(tmp_path, tiny_run, optimizer):
     training = tiny_run(tmp_path / "run", steps=1, optimizer=optimizer)
     before = [p.detach().clone() for p in training.model.parameters()]
     training.run(quiet=True)
     assert all(not torch.equal(p, q) for p, q in zip(before, training.model.parameters(), strict=True))
+
+
+def test_floor_and_gain_are_the_optimizers(tmp_path, tiny_run):
+    def group(name, **settings):
+        return tiny_run(tmp_path / name, steps=1, optimizer=name, **settings).optimizer.param_groups[0]
+
+    assert group("noise-nadam", floor=0.125)["floor"] == 0.125
+    # DP-AdamBC's gamma bounds the variance, not the divisor.
+    assert group("adambc", floor=0.0625)["absolute_floor"] == 0.25
+    assert group("disk", filter_gain=0.5)["kappa"] == 0.5

@@ -29,7 +29,8 @@ def load(
             ``mnist-mini``            5,000 MNIST images that come with pip: stratified 4,000/1,000
             ``mnist``                 the four official idx files, gzipped or not
             ``cifar10``               the official binary version
-            ``medical_mnist``         Kaggle's six folders of JPEGs: stratified 47,163/11,791
+            ``medical_mnist``         Kaggle's six folders of JPEGs: stratified 47,163/11,653 (11,791
+                                      without the 138 that equal a training image)
             ``folder``, ``folder:P``  any image folder (``data_dir`` or P); ``train/`` and ``test/`` inside it
                                       are the splits, without them a stratified 80/20 one is made
             ``breastmnist`` …         MedMNIST's single-label 2-D sets: official train and test splits

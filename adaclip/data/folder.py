@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from collections import Counter
@@ -74,14 +75,18 @@ def _unreadable(path: str, error: BaseException | str) -> DataError:
     )
 
 
-def _decode_one(path: str, mode: str, size: tuple[int, int], resize: bool) -> np.ndarray:
-    """uint8 [H, W] (mode "L") or [H, W, 3] (mode "RGB"); ``size`` is (W, H)."""
+def _decode_one(
+    path: str, mode: str, size: tuple[int, int], resize: bool, hashed: bool = False
+) -> tuple[np.ndarray, bytes]:
+    """(uint8 [H, W] (mode "L") or [H, W, 3] (mode "RGB"), SHA-256 of size and pixels before resizing if
+    ``hashed``, else empty); ``size`` is (W, H)."""
     try:
         with _open(path) as image:
             if not resize and image.size != size:
                 raise ValueError(f"its size is now {image.size}, not {size}")
             pixels = image if image.mode == mode else image.convert(mode)
-            return np.asarray(pixels.resize(size, Image.Resampling.BILINEAR) if resize else pixels)
+            digest = hashlib.sha256(b"%dx%d:" % pixels.size + pixels.tobytes()).digest() if hashed else b""
+            return np.asarray(pixels.resize(size, Image.Resampling.BILINEAR) if resize else pixels), digest
     # Pillow's decoders report damage with a dozen exception types (OSError, SyntaxError, struct.error, …).
     except Exception as error:
         raise _unreadable(path, error) from error
@@ -101,13 +106,17 @@ def _probe(path: str) -> tuple[str, tuple[int, int]]:
     return mode, size
 
 
-def decode_images(paths: list[str], image_size: int | None = None) -> Tensor:
+def decode_images(
+    paths: list[str], image_size: int | None = None, digests: list[bytes] | None = None
+) -> Tensor:
     """Decode image files into one tensor.
 
     Args:
         paths: at least one file. All grayscale: C = 1; else C = 3 (alpha is dropped).
         image_size: resize every image to ``image_size`` squared (bilinear, antialiased). None: all must have
             one size.
+        digests: a list to be filled with one SHA-256 a file, of the size and the pixels before resizing: equal
+            where two images are equal pixel by pixel.
 
     Returns:
         uint8 [N, C, H, W].
@@ -146,12 +155,19 @@ def decode_images(paths: list[str], image_size: int | None = None) -> Tensor:
                     f"Give a smaller image_size to resize them."
                 ) from error
 
-            def decode(start: int) -> None:
+            def decode(start: int) -> list[bytes]:
+                found = []
                 for i in range(start, min(start + _BLOCK, len(paths))):
-                    pixels = _decode_one(paths[i], mode, size, image_size is not None)
+                    pixels, digest = _decode_one(
+                        paths[i], mode, size, image_size is not None, hashed=digests is not None
+                    )
                     out[i] = pixels if mode == "L" else pixels.transpose(2, 0, 1)
+                    found.append(digest)
+                return found
 
-            list(pool.map(decode, blocks))
+            found = [digest for part in pool.map(decode, blocks) for digest in part]
+            if digests is not None:
+                digests[:] = found
         except BaseException:
             # The first bad file (or Ctrl-C) ends it; the rest is not decoded for nothing.
             pool.shutdown(cancel_futures=True)
@@ -160,23 +176,58 @@ def decode_images(paths: list[str], image_size: int | None = None) -> Tensor:
 
 
 def _build(
-    name: str, classes: list[str], paths: list[str], labels: Tensor, train_count: int, image_size: int | None
+    name: str,
+    classes: list[str],
+    paths: list[str],
+    labels: Tensor,
+    train_count: int,
+    image_size: int | None,
+    distinct: bool = False,
 ) -> ImageData:
-    """Decode ``paths``, the training images first, into one tensor whose two parts are views."""
-    images = decode_images(paths, image_size)
+    """Decode ``paths``, the training images first, into one tensor whose two parts are views.
+
+    ``distinct``: leave test images out that equal a training image pixel by pixel before resizing.
+    """
+    digests: list[bytes] | None = [] if distinct else None
+    images = decode_images(paths, image_size, digests)
     half = (0.5,) * images.shape[1]
     n = train_count
-    return ImageData(name, images[:n], labels[:n], images[n:], labels[n:], classes, half, half)
+    test_images, test_labels, removed = images[n:], labels[n:], 0
+    if digests is not None:
+        known = set(digests[:n])
+        kept = torch.tensor([digest not in known for digest in digests[n:]], dtype=torch.bool)
+        removed = len(kept) - int(kept.sum())
+        if removed == len(kept):
+            raise DataError(
+                f"every test image of {Path(paths[0]).parent.parent} equals a training image: nothing is left to "
+                "test on. Restore the images from the source of the data set."
+            )
+        test_images, test_labels = test_images[kept], test_labels[kept]
+    return ImageData(
+        name,
+        images[:n],
+        labels[:n],
+        test_images,
+        test_labels,
+        classes,
+        half,
+        half,
+        duplicates_removed=removed,
+    )
 
 
-def _split_and_build(name: str, root: Path, classes: list[str], image_size: int | None) -> ImageData:
+def _split_and_build(
+    name: str, root: Path, classes: list[str], image_size: int | None, distinct: bool = False
+) -> ImageData:
     paths, label_list = _scan(root, classes)
     labels = torch.tensor(label_list)
     train, test = stratified_split(labels, TEST_FRACTION, SPLIT_SEED)
     if len(test) == 0:
         raise DataError(f"{root} is too small to split: no class has two images. Add images to it.")
     order = torch.cat([train, test])
-    return _build(name, classes, [paths[i] for i in order.tolist()], labels[order], len(train), image_size)
+    return _build(
+        name, classes, [paths[i] for i in order.tolist()], labels[order], len(train), image_size, distinct
+    )
 
 
 def load_folder(root: Path, image_size: int | None = None) -> ImageData:
@@ -212,7 +263,9 @@ def load_medical_mnist(data_dir: Path, download: bool, image_size: int | None = 
     """Medical MNIST (Kaggle): 58,954 grayscale 64x64 JPEGs in six class folders, [1, 64, 64].
 
     Looked for in ``data_dir/medical_mnist`` and ``data_dir``. The set has no official split: a fixed
-    stratified 80/20 one gives 47,163 training and 11,791 test images.
+    stratified 80/20 one gives 47,163 training and 11,791 test images. The set holds the same pictures several
+    times: test images that equal a training image pixel by pixel (138 of the 11,791) are left out, because
+    knowing them is no generalization; ``duplicates_removed`` counts them.
     """
     roots = [data_dir / "medical_mnist", data_dir]
     root = next((r for r in roots if any((r / c).is_dir() for c in MEDICAL_CLASSES)), None)
@@ -229,8 +282,8 @@ def load_medical_mnist(data_dir: Path, download: bool, image_size: int | None = 
             f"{root} lacks the class folders {', '.join(missing)} of Medical MNIST. Unpack the whole set "
             f"from {MEDICAL_URL} to {layout}."
         )
-    data = _split_and_build("medical_mnist", root, list(MEDICAL_CLASSES), image_size)
-    count = len(data.train_labels) + len(data.test_labels)
+    data = _split_and_build("medical_mnist", root, list(MEDICAL_CLASSES), image_size, distinct=True)
+    count = len(data.train_labels) + len(data.test_labels) + data.duplicates_removed
     if count != MEDICAL_COUNT:
         warnings.warn(
             f"{root} holds {count:,} images and Medical MNIST has {MEDICAL_COUNT:,}: is the copy complete?",

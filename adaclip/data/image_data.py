@@ -24,6 +24,7 @@ class ImageData:
         mean, std: C floats each, of pixels scaled to 0 … 1. They are public constants written in this
             package's source (0.5 where no constant is in common use) and are never computed from the images
             loaded: statistics of private images would be a release that the accountant does not see.
+        duplicates_removed: test images that were left out because a training image has the same pixels.
 
     Raises:
         ValueError: shapes, dtypes, label range or constants that do not fit together.
@@ -37,6 +38,7 @@ class ImageData:
     classes: list[str]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    duplicates_removed: int = 0
 
     def __post_init__(self) -> None:
         for split in ("train", "test"):
@@ -121,6 +123,7 @@ class ImageData:
             train_labels=self.train_labels[kept],
             test_images=self.train_images[held],
             test_labels=self.train_labels[held],
+            duplicates_removed=0,
         )
 
 

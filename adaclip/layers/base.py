@@ -10,12 +10,13 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from adaclip import ops
+from adaclip import ops, reference
 from adaclip.layers.tape import Slot, Tape, Use
 
 __all__ = [
@@ -29,6 +30,8 @@ __all__ = [
     "part_from_samples",
     "raised",
     "rounding_bound",
+    "split_views",
+    "sum_views",
 ]
 
 Gradients = list[tuple[nn.Parameter, Tensor]]
@@ -86,16 +89,26 @@ def _itself(forward: Callable):
 
 
 class RootForward(ReplacedForward):
-    """Counts the forward passes of the whole model, so that each is known to get one backward."""
+    """Counts the forward passes of the whole model, so that each is known to get one backward.
 
-    def __init__(self, module: nn.Module, tape: Tape):
+    away: a context for forward passes of evaluation, which are of the parameters themselves even where
+      gradients are taken at another point.
+    """
+
+    def __init__(
+        self, module: nn.Module, tape: Tape, away: Callable[[], AbstractContextManager] = nullcontext
+    ):
         super().__init__(module)
         self.tape = tape
+        self.away = away
 
     def __call__(self, *args, **kwargs):
         # Not while compiling: a changing number would recompile the model at every step.
-        if torch.compiler.is_compiling() or not (self.module.training and torch.is_grad_enabled()):
+        if torch.compiler.is_compiling():
             return self.original(*args, **kwargs)
+        if not (self.module.training and torch.is_grad_enabled()):
+            with self.away():
+                return self.original(*args, **kwargs)
         self.tape.forwards += 1
         self.tape.current = self.tape.forwards
         try:
@@ -132,7 +145,29 @@ class Layer(ReplacedForward):
         raise TypeError(f"{type(self).__name__} has no forward")
 
     def rows(self, use: Use) -> int:
-        return use.tensors[0].shape[0]
+        """How many samples a use holds."""
+        return use.tensors[0].shape[0] // use.views
+
+    def fold(self, use: Use, views: int) -> Use:
+        """The use of samples that are seen `views` times each, from one whose every view is a row.
+
+        Rows are in the loader's order, b * views + v. A sample's gradient is the sum over its views, and what
+        is bounded is the norm of that sum: the kinds that sum over positions count views as positions.
+        Called before everything else that is asked of a use.
+
+        Raises:
+            RuntimeError: the rows are not a multiple of `views`.
+        """
+        rows = use.tensors[0].shape[0]
+        if rows % views:
+            raise RuntimeError(
+                f"{self.name or 'the model'} has seen {rows} rows, which must be {views} views of every sample, "
+                "one after the other"
+            )
+        return use if views == 1 else self._fold(use, views)
+
+    def _fold(self, use: Use, views: int) -> Use:
+        return replace(use, views=views)
 
     def merge(self, uses: list[Use]) -> Use | None:
         """One use with the same per-sample gradients as all of `uses`, where the layer kind has one."""
@@ -143,7 +178,7 @@ class Layer(ReplacedForward):
         return part_from_samples(self.sample_grads(use, wanted), self.backend)
 
     def sample_grads(self, use: Use, wanted: set[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
-        """The per-sample gradients [B, *p.shape] of the parameters in `wanted`, for one use."""
+        """The per-sample gradients [B, *p.shape] of the parameters in `wanted`, for one use, views summed."""
         raise TypeError(f"{type(self).__name__} has no per-sample gradients")
 
 
@@ -155,6 +190,16 @@ def part_from_samples(grads: dict[nn.Parameter, Tensor], backend: str) -> Part:
         return [as_gradient(p, ops.weighted_sum(v, factors, backend=backend)) for p, v in grads.items()]
 
     return Part(sqnorms, weigh, sum(v.numel() * v.element_size() for v in grads.values()))
+
+
+def split_views(t: Tensor, views: int) -> Tensor:
+    """[B V, ...] -> [B, V, ...], without a copy where the strides allow it."""
+    return t.reshape(t.shape[0] // views, views, *t.shape[1:])
+
+
+def sum_views(t: Tensor, views: int) -> Tensor:
+    """[B V, ...] -> [B, ...], summed in at least float32."""
+    return t if views == 1 else split_views(t, views).sum(1, dtype=reference.wide_dtype(t.dtype))
 
 
 def as_gradient(p: nn.Parameter, total: Tensor) -> tuple[nn.Parameter, Tensor]:
@@ -195,7 +240,8 @@ def rounding_bound(sqnorms: Tensor, magnitudes: Tensor, terms: int, dtype: torch
     error proportional to the unit round-off u and to sqrt(magnitudes), the norm the gradient would
     have if no two positions canceled. 2u sqrt(M) covers the random-walk error of a blocked sum. Where
     cancellation is severe (sqrt(M) > 256 norms: no ordinary gradient, but an adversary's), the worst
-    case of `terms` roundings in a row is added; it only clips such a sample harder.
+    case of `terms` roundings in a row is added; it only clips such a sample harder. `terms` must be public:
+    with the batch's size in it, one sample could tell by another's norm.
     """
     unit = torch.finfo(dtype).eps / 2
     norms, scales = sqnorms.clamp_min(0).sqrt(), magnitudes.sqrt()

@@ -16,10 +16,15 @@ from adaclip.layers.base import (
     lowered,
     part_from_samples,
     rounding_bound,
+    split_views,
+    sum_views,
 )
 from adaclip.layers.tape import Use
 
 __all__ = ["ConvLayer", "StandardizedConvLayer"]
+
+# What core/conv_weighted_grad.h promises of its sums; other weight gradients are summed in float64.
+_ROUNDINGS = 256 + 3
 
 
 class ConvLayer(Layer):
@@ -66,8 +71,19 @@ class ConvLayer(Layer):
                 return F.pad(x, [side for e in reversed(extra) for side in (0, e)])
         return x
 
-    def _geometry(self) -> dict:
-        """The convolution's arguments, with the padding that is left to it after `_padded`."""
+    def _fold(self, use: Use, views: int) -> Use:
+        # Views become an axis in front of the image's own, along which the kernel is 1 wide; the core and
+        # torch know three axes.
+        if len(self.module.kernel_size) == 3:
+            return super()._fold(use, views)
+        x, g = (split_views(t, views).transpose(1, 2).contiguous() for t in use.tensors)
+        return Use([x, g], use.forward)
+
+    def _geometry(self, axes: int | None = None) -> dict:
+        """The convolution's arguments, with the padding that is left to it after `_padded`.
+
+        axes: those of an input with views folded in; None for the module's own.
+        """
         m = self.module
         if m.padding_mode != "zeros" or m.padding == "valid":
             padding = [0] * len(m.kernel_size)
@@ -75,33 +91,42 @@ class ConvLayer(Layer):
             padding = [d * (k - 1) // 2 for d, k in zip(m.dilation, m.kernel_size, strict=True)]
         else:
             padding = list(m.padding)
+        views = 0 if axes is None else axes - len(m.kernel_size)
         return {
-            "kernel": list(m.kernel_size),
-            "stride": list(m.stride),
-            "padding": padding,
-            "dilation": list(m.dilation),
+            "kernel": [1] * views + list(m.kernel_size),
+            "stride": [1] * views + list(m.stride),
+            "padding": [0] * views + padding,
+            "dilation": [1] * views + list(m.dilation),
             "groups": m.groups,
         }
 
+    def _weighted(self, x: Tensor, g: Tensor, factors: Tensor) -> Tensor:
+        """`sum_b factors_b dL_b/dweight`, shaped like the weight."""
+        weight, geometry = self.module.weight, self._geometry(x.dim() - 2)
+        shaped = weight.detach().reshape(*weight.shape[:2], *geometry["kernel"])
+        total = ops.conv_weighted_grad(x, g, factors, shaped, **geometry, backend=self.backend)
+        return total.reshape(weight.shape)
+
     def measure(self, use: Use, wanted: set[nn.Parameter]) -> Part:
+        if use.views > 1:
+            return super().measure(use, wanted)
         x, g = use.tensors[:2]
         weight, bias = self.module.weight, self.module.bias
-        geometry = self._geometry()
         if weight not in wanted:
             return part_from_samples({bias: _position_sums(g)}, self.backend)
+        geometry = self._geometry(x.dim() - 2)
         norms = ops.conv_sample_norms(x, g, **geometry, bias=bias in wanted, backend=self.backend)
         sqnorms, kept, rows = norms.sqnorms, norms.kept, norms.bias
         if kept is None:
-            terms = g.shape[0] * g[0, 0].numel() if g.numel() else 0
-            sqnorms = rounding_bound(sqnorms, norms.magnitudes, terms, reference.wide_dtype(g.dtype))
+            sqnorms = rounding_bound(sqnorms, norms.magnitudes, _ROUNDINGS, reference.wide_dtype(g.dtype))
         if rows is not None:
             sqnorms = sqnorms + ops.row_sqnorms(rows, backend=self.backend)
 
         def weigh(factors: Tensor) -> Gradients:
             if kept is not None:
-                total = ops.weighted_sum(kept, factors, backend=self.backend)
+                total = ops.weighted_sum(kept, factors, backend=self.backend).reshape(weight.shape)
             else:
-                total = ops.conv_weighted_grad(x, g, factors, weight, **geometry, backend=self.backend)
+                total = self._weighted(x, g, factors)
             grads = [as_gradient(weight, total)]
             if rows is not None:
                 grads.append(as_gradient(bias, ops.weighted_sum(rows, factors, backend=self.backend)))
@@ -115,10 +140,11 @@ class ConvLayer(Layer):
         weight, bias = self.module.weight, self.module.bias
         grads = {}
         if weight in wanted:
-            geometry = self._geometry()
-            grads[weight] = ops.conv_sample_norms(x, g, **geometry, keep=True, backend=self.backend).kept
+            geometry = self._geometry(x.dim() - 2)
+            kept = ops.conv_sample_norms(x, g, **geometry, keep=True, backend=self.backend).kept
+            grads[weight] = sum_views(kept.reshape(-1, *weight.shape), use.views)
         if bias in wanted:
-            grads[bias] = _position_sums(g)
+            grads[bias] = sum_views(_position_sums(g), use.views)
         return grads
 
 
@@ -149,6 +175,11 @@ class StandardizedConvLayer(ConvLayer):
     def weight(self) -> Tensor:
         return self.module.standardized_weight().detach().requires_grad_()
 
+    def _fold(self, use: Use, views: int) -> Use:
+        x, g, *dots = use.tensors
+        folded = super()._fold(Use([x, g], use.forward), views)
+        return Use([*folded.tensors, *(sum_views(d, views) for d in dots)], use.forward)
+
     def _scale(self) -> Tensor:
         """1/s per output channel [Cout]."""
         m = self.module
@@ -166,10 +197,12 @@ class StandardizedConvLayer(ConvLayer):
         weight, bias = m.weight, m.bias
         if weight not in wanted:
             return super().measure(use, wanted)
-        if len(use.tensors) == 2:
+        x, g, *output = use.tensors
+        geometry = self._geometry(x.dim() - 2)
+        # Folded views may have made keeping the cheaper way.
+        if not output or ops.conv_keeps(x, weight.shape[0], **geometry, backend=self.backend):
             return part_from_samples(self.sample_grads(use, wanted), self.backend)
-        x, g, dots = use.tensors
-        geometry = self._geometry()
+        dots = output[0]
         standardized = m.standardized_weight().detach()
         inverse = self._scale()
         scaled = g * inverse.reshape(-1, *[1] * (g.dim() - 2))
@@ -181,8 +214,10 @@ class StandardizedConvLayer(ConvLayer):
         # Channels and positions are summed in float64: what is taken away below can be larger than
         # what is left.
         channel_sums = x.reshape(x.shape[0], m.groups, -1, *x.shape[2:]).sum(2, dtype=torch.float64)
-        ones = channel_sums.new_ones(m.groups, 1, *m.kernel_size)
-        box = F.conv2d(channel_sums, ones, None, m.stride, geometry["padding"], m.dilation, m.groups)
+        images = channel_sums.flatten(1, -3)
+        ones = images.new_ones(images.shape[1], 1, *m.kernel_size)
+        box = F.conv2d(images, ones, None, m.stride, geometry["padding"][-2:], m.dilation, images.shape[1])
+        box = box.reshape(*channel_sums.shape[:-2], *g.shape[-2:])
         box = box.to(scaled.dtype).repeat_interleave(weight.shape[0] // m.groups, dim=1)
         along_ones = (scaled * box).flatten(2).sum(-1, dtype=torch.float64)
         length = standardized.double().square().sum((1, 2, 3)) / n
@@ -190,15 +225,14 @@ class StandardizedConvLayer(ConvLayer):
         # The products are rounded in float32: take a little less away than was found.
         removed *= 1 - 1e-6
         exact = (norms.sqnorms - removed).clamp_min(0)
-        terms = g.shape[0] * g[0, 0].numel() if g.numel() else 0
-        sqnorms = rounding_bound(exact, norms.magnitudes, terms, g.dtype)
+        sqnorms = rounding_bound(exact, norms.magnitudes, _ROUNDINGS, g.dtype)
         # A non-finite gradient must stay visible: clamping would have hidden it.
         sqnorms = torch.where(norms.sqnorms.isfinite(), sqnorms, norms.sqnorms)
         if bias in wanted:
             sqnorms = sqnorms + ops.row_sqnorms(rows, backend=self.backend)
 
         def weigh(factors: Tensor) -> Gradients:
-            total = ops.conv_weighted_grad(x, scaled, factors, weight, **geometry, backend=self.backend)
+            total = self._weighted(x, scaled, factors)
             grads = [as_gradient(weight, self._project(total, standardized))]
             if bias in wanted:
                 grads.append(as_gradient(bias, ops.weighted_sum(rows, factors, backend=self.backend)))

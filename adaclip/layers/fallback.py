@@ -8,13 +8,14 @@ on the batch. Slower than a supported layer (one more forward and backward of th
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from adaclip import ops
-from adaclip.layers.base import Layer
+from adaclip.layers.base import Layer, sum_views
 from adaclip.layers.tape import Tape, Use
 
 __all__ = ["FallbackLayer"]
@@ -34,7 +35,7 @@ class _Watch(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):
         layer, call = ctx.layer, ctx.call
         layer.slot.tape.on_record()
-        layer.slot.uses.append(CallUse([*grads], ctx.forward_count, call))
+        layer.slot.uses.append(CallUse([*grads], ctx.forward_count, call=call))
         return None, None, None, *grads
 
 
@@ -80,10 +81,11 @@ class _Call:
         return guesses
 
 
+@dataclass(kw_only=True)
 class CallUse(Use):
-    def __init__(self, grads: list[Tensor], forward: int, call: _Call):
-        super().__init__(grads, forward)
-        self.call = call
+    """tensors: the gradients of the call's outputs."""
+
+    call: _Call
 
 
 class _Body(nn.Module):
@@ -148,9 +150,10 @@ class FallbackLayer(Layer):
 
     def sample_grads(self, use: CallUse, wanted: set[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
         problem: RuntimeError | None = None
-        for batched in use.call.batched(self.rows(use)):
+        for batched in use.call.batched(use.tensors[0].shape[0]):
             try:
-                return self._sample_grads(use, wanted, batched)
+                rows = self._sample_grads(use, wanted, batched)
+                return {p: sum_views(grads, use.views) for p, grads in rows.items()}
             except RuntimeError as error:
                 problem = problem or error
         raise problem
@@ -158,7 +161,7 @@ class FallbackLayer(Layer):
     def _sample_grads(
         self, use: CallUse, wanted: set[nn.Parameter], batched: list[bool]
     ) -> dict[nn.Parameter, Tensor]:
-        """`sample_grads` if the arguments of the samples are those; RuntimeError if the outputs are others."""
+        """The rows' gradients if the rows' arguments are those; RuntimeError if the outputs are others."""
         call, grads = use.call, use.tensors
         named = dict(self.module.named_parameters())
         learned = {k: p.detach() for k, p in named.items() if p in wanted}

@@ -15,6 +15,7 @@ from adaclip.layers.base import (
     lowered,
     part_from_samples,
     rounding_bound,
+    split_views,
 )
 from adaclip.layers.tape import Use
 
@@ -38,6 +39,9 @@ class LinearLayer(Layer):
         operands = lowered(input, self.module.weight, self.module.bias)
         return torch.ops.adaclip.linear(*operands, *self.slot.call_args())
 
+    def _fold(self, use: Use, views: int) -> Use:
+        return Use([split_views(t, views) for t in use.tensors], use.forward)
+
     def merge(self, uses: list[Use]) -> Use | None:
         # Two uses of one weight are two stretches of one sequence.
         if len(uses) == 1:
@@ -53,7 +57,7 @@ class LinearLayer(Layer):
         norms = ops.linear_sample_norms(a, g, bias=bias in wanted, backend=self.backend)
         sqnorms, kept, rows = norms.sqnorms, norms.kept, norms.bias
         if kept is None and a.shape[1] > 1:
-            terms = a.shape[0] * a.shape[1]
+            terms = reference.linear_roundings(a.shape[1])
             sqnorms = rounding_bound(sqnorms, norms.magnitudes, terms, reference.wide_dtype(g.dtype))
         if rows is not None:
             sqnorms = sqnorms + ops.row_sqnorms(rows, backend=self.backend)
@@ -90,6 +94,9 @@ class EmbeddingLayer(Layer):
             )
         return torch.ops.adaclip.embedding(input, self.module.weight, *self.slot.call_args())
 
+    def _fold(self, use: Use, views: int) -> Use:
+        return Use([split_views(t, views) for t in use.tensors], use.forward)
+
     def _flat(self, use: Use) -> tuple[Tensor, Tensor]:
         indices, g = use.tensors
         indices = indices.reshape(indices.shape[0], -1 if indices.shape[0] else indices[:, ...].numel())
@@ -119,7 +126,8 @@ class EmbeddingLayer(Layer):
             sqnorms[b] = sums.index_add_(0, where, wide).square().sum()
             sizes = wide.new_zeros(sums.shape[0]).index_add_(0, where, wide.norm(dim=1))
             magnitudes[b] = sizes.square().sum()
-        sqnorms = rounding_bound(sqnorms, magnitudes, indices.numel(), reference.wide_dtype(g.dtype))
+        # One rounding of each product: their sum is in float64.
+        sqnorms = rounding_bound(sqnorms, magnitudes, 1, reference.wide_dtype(g.dtype))
 
         def weigh(factors: Tensor) -> Gradients:
             total = reference.embedding_weighted_grad(indices, g, factors, weight.shape[0])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from adaclip.layers import functions  # noqa: F401  (registers the operations)
-from adaclip.layers.base import Layer, raised
+from adaclip.layers.base import Layer, raised, sum_views
 from adaclip.layers.tape import Use
 
 __all__ = ["GroupNormLayer", "InstanceNormLayer", "LayerNormLayer"]
@@ -14,6 +14,9 @@ __all__ = ["GroupNormLayer", "InstanceNormLayer", "LayerNormLayer"]
 
 class _AffineLayer(Layer):
     """Records the per-sample gradients of scale and shift, so nothing is left to do but sum them."""
+
+    def _fold(self, use: Use, views: int) -> Use:
+        return Use([sum_views(rows, views) for rows in use.tensors], use.forward)
 
     def sample_grads(self, use: Use, wanted: set[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
         both = zip((self.module.weight, self.module.bias), use.tensors, strict=True)

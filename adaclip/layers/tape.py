@@ -24,10 +24,16 @@ _slots: weakref.WeakValueDictionary[int, Slot] = weakref.WeakValueDictionary()
 
 @dataclass
 class Use:
-    """One use of a layer in one forward pass: its tensors, sample index first."""
+    """One use of a layer in one forward pass.
+
+    tensors: rows first; `views` consecutive rows belong to one sample, whose gradient is the sum of theirs.
+      `Layer.fold` sets it, and leaves more than one only to the kinds whose `sample_grads` adds them up.
+    forward: which forward pass of the root module; 0 if unknown.
+    """
 
     tensors: list[Tensor]
     forward: int
+    views: int = 1
 
 
 class Slot:

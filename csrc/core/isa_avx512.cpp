@@ -12,6 +12,7 @@
 #include "core/chacha20.inc"
 #include "core/normal.inc"
 #include "core/noisy_step.inc"
+#include "core/perturb.inc"
 #include "core/tiles.inc"
 #include "core/clip_and_sum.inc"
 #include "core/conv_gram.inc"

@@ -13,9 +13,12 @@ namespace adaclip {
 //   momentum = decay * momentum + keep * g                        (if it has momentum)
 //   square = square_decay * square + square_keep * g^2            (if it has squares)
 //   move = direct * g + follow * momentum
-//   param = shrink * param - move / (sqrt(square) * scale + eps)  (the divisor is 1 without squares)
+//   param = shrink * param - move / divisor
+// where the divisor is 1 without squares; sqrt(square) * scale + eps with squares and floor_sq < 0; and
+// else sqrt(max(square * scale - variance, floor_sq)) + eps, which takes the noise out of the squares.
 struct StepRule {
   float std, sign, l2, shrink, decay, keep, direct, follow, square_decay, square_keep, scale, eps;
+  float variance, floor_sq;
 };
 
 struct StepTensor {
