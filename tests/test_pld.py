@@ -38,6 +38,14 @@ def test_two_hundred_different_steps():
     assert contour.delta(upper) <= 1e-5 <= contour.delta(lower)
 
 
+def test_an_outlier_among_many_events():
+    """Events that are alike are planned for together; one that is not must not be taken for its neighbors."""
+    steps = [(0.05, 1.0 + 0.01 * i, 20 + i % 3) for i in range(17)] + [(0.01, 0.4, 3)]
+    bounds = epsilon_bounds(events(*steps), 1e-5)
+    judge(bounds, sampled(*steps), 1e-5)
+    assert bounds[1] - bounds[0] <= CLOSE * bounds[1]
+
+
 @pytest.mark.parametrize("delta", [1e-12, 1e-15])
 def test_small_delta(delta):
     """Where the power of a plain transform loses all digits: peers say 4.11 to 5.3 and 8.1."""

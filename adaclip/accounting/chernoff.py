@@ -14,6 +14,7 @@ import numpy as np
 
 from adaclip.accounting import quadrature
 from adaclip.accounting.mixtures import EPS, Mixtures
+from adaclip.accounting.quadrature import Placed
 
 _TILTS = np.exp(np.linspace(-1.0, 3.0, 9))  # of s − 1, around a guess
 
@@ -34,33 +35,33 @@ class Chernoff:
     """The moment function of a growing composition, adding an example, at a few s.
 
     Args:
-        law: [E] events, of which some or all are to be composed; they decide where the noise is cut.
         s: [S] > 1; any is valid.
-        lost: Q-mass that may be left out, per event.
     """
 
-    def __init__(self, law: Mixtures, s: np.ndarray, lost: float) -> None:
+    def __init__(self, s: np.ndarray) -> None:
         self._s = s
         self._log_total = np.zeros(len(s))
         self._size = np.zeros(len(s))  # of the summands, for rounding
         self._outside = 0.0
-        self._bottom, self._far = quadrature.cuts(lost, lost)
-        self._rule = quadrature.coarse(law, *quadrature.ends(law, self._bottom, self._far))
 
     @classmethod
-    def near(cls, law: Mixtures, guess: float, lost: float) -> Chernoff:
-        """At several s, from below ``guess`` to far above it."""
-        return cls(law, 1.0 + (guess - 1.0) * _TILTS, lost)
+    def near(cls, law: Mixtures, counts: np.ndarray, guess: float, lost: float) -> Chernoff:
+        """``counts`` [E] copies of each event, at several s from below ``guess`` to far above it.
 
-    def moments(self, law: Mixtures) -> Moments:
+        ``lost``: Q-mass that may be left out, of all events together.
+        """
+        made = cls(1.0 + (guess - 1.0) * _TILTS)
+        bottom, far = quadrature.cuts(lost / float(counts.sum()), lost / float(counts.sum()))
+        rule = quadrature.coarse(law, *quadrature.ends(law, bottom, far))
+        made.add(made.moments(Placed.of(law, rule, bottom, far)), counts)
+        return made
+
+    def moments(self, placed: Placed) -> Moments:
         """What ``add`` composes."""
-        low, high = quadrature.ends(law, self._bottom, self._far)
-        nodes = quadrature.place(law, low, high, self._rule)
-        log_total = np.empty((len(law.q), len(self._s)))
+        log_total = np.empty((len(placed.low), len(self._s)))
         for i, s in enumerate(self._s.tolist()):
-            error = quadrature.error(law, low, high, self._rule, 1.0 - s, 0.0)
-            log_total[:, i] = nodes.log_upper(1.0 - s, error)
-        return Moments(log_total, np.exp(law.log_outside(low, high)[1]) * (1.0 + 1e-6))
+            log_total[:, i] = placed.nodes.log_upper(1.0 - s, placed.bounds.log_error(1.0 - s, 0.0))
+        return Moments(log_total, np.exp(placed.log_outside[1]) * (1.0 + 1e-6))
 
     def add(self, moments: Moments, counts: np.ndarray) -> None:
         """Compose ``counts`` [E] copies of each event."""

@@ -222,6 +222,5 @@ def _beaten(terms: Terms, delta: float, epsilon: float, saddle: float) -> bool:
     """Whether Chernoff's inequality alone shows that adding an example costs less than ``epsilon``."""
     if terms.mixtures is None or terms.fixed:
         return False
-    chernoff = Chernoff.near(terms.mixtures, saddle, 1e-3 * delta / float(terms.counts.sum()))
-    chernoff.add(chernoff.moments(terms.mixtures), terms.counts)
+    chernoff = Chernoff.near(terms.mixtures, terms.counts, saddle, 1e-3 * delta)
     return chernoff.delta(epsilon, terms.gauss, terms.overflow) <= delta

@@ -116,46 +116,50 @@ def place(law: Mixtures, low: np.ndarray, high: np.ndarray, rule: Rule) -> Nodes
     return Nodes(log_mass, loss, moved, error)
 
 
-def log_errors(
-    law: Mixtures,
-    low: np.ndarray,
-    high: np.ndarray,
-    panels: int,
-    ellipses: np.ndarray,
-    a: float,
-    omega: float,
-) -> np.ndarray:
-    """log of the error of each panel at N = 0, for every frequency up to ``omega``.
+class Ellipses:
+    """Events on the ellipses around the panels: what bounds the rule's error for any exponent.
 
     Args:
+        law: [E] events, with noise between ``low`` and ``high`` [E].
         panels: P.
-        ellipses: [K, 1] or [1, P].
-
-    Returns:
-        [E, K or 1, P]; N nodes lower it by 2N·log ρ. Infinite where θ > π/2.
+        rho: [K, 1] or [1, P].
     """
-    half = (0.5 * (high - low) / panels)[:, None, None]
-    center = low[:, None, None] + half * (2.0 * np.arange(panels) + 1.0)
-    reach = half * (0.5 * (ellipses + 1.0 / ellipses))
-    height = half * (0.5 * (ellipses - 1.0 / ellipses))
-    left, right = center - reach, center + reach
-    nearest = np.maximum(np.maximum(left, -right), 0.0)
-    theta = height * law.top[:, None, None]  # beyond π/2 nothing is claimed
 
-    def share_and_loss(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        flat = y.reshape(len(y), -1)
-        loss = law.loss(law.log_w(flat))
-        return -np.expm1(np.minimum(law.floor[:, None] - loss, 0.0)).reshape(y.shape), loss.reshape(y.shape)
+    def __init__(
+        self, law: Mixtures, low: np.ndarray, high: np.ndarray, panels: int, rho: np.ndarray
+    ) -> None:
+        half = (0.5 * (high - low) / panels)[:, None, None]
+        center = low[:, None, None] + half * (2.0 * np.arange(panels) + 1.0)
+        reach = half * (0.5 * (rho + 1.0 / rho))
+        height = half * (0.5 * (rho - 1.0 / rho))
+        self._law = law
+        self._left, right = center - reach, center + reach
+        nearest = np.maximum(np.maximum(self._left, -right), 0.0)
+        theta = height * law.top[:, None, None]
+        size = 0.5 * (height * height - nearest * nearest) - _LOG_SQRT_2PI
+        size += np.log(half) + math.log(64.0 / 15.0) - np.log1p(-(rho**-2.0))
+        # Beyond π/2 nothing is claimed.
+        self._size = np.where(theta <= 0.5 * math.pi, size, np.inf)
+        self._theta = np.minimum(theta, 0.5 * math.pi)
+        self._loss = self._losses(right)
+        self._share = -np.expm1(np.minimum(law.floor[:, None, None] - self._loss, 0.0))
 
-    share, loss = share_and_loss(right)
-    angle = np.arctan2(share * np.sin(theta), (1.0 - share) + share * np.cos(theta))
-    if a < 0.0:
-        loss = share_and_loss(left)[1] + np.log1p(
-            -2.0 * share * np.sin(0.5 * np.minimum(theta, 0.5 * math.pi)) ** 2
-        )
-    size = 0.5 * (height * height - nearest * nearest) - _LOG_SQRT_2PI + a * loss + omega * angle
-    size += np.log(half) + math.log(64.0 / 15.0) - np.log1p(-(ellipses**-2.0))
-    return np.where(theta <= 0.5 * math.pi, size, np.inf)
+    def _losses(self, y: np.ndarray) -> np.ndarray:
+        return self._law.loss(self._law.log_w(y.reshape(len(y), -1))).reshape(y.shape)
+
+    def log_errors(self, a: float, omega: float) -> np.ndarray:
+        """log of the error of each panel at N = 0, for every frequency up to ``omega`` ≥ 0.
+
+        Returns:
+            [E, K or 1, P]; N nodes lower it by 2N·log ρ. Infinite where θ > π/2.
+        """
+        loss, share, theta = self._loss, self._share, self._theta
+        if a < 0.0:
+            loss = self._losses(self._left) + np.log1p(-2.0 * share * np.sin(0.5 * theta) ** 2)
+        size = self._size + a * loss
+        if omega > 0.0:
+            size += omega * np.arctan2(share * np.sin(theta), (1.0 - share) + share * np.cos(theta))
+        return size
 
 
 def choose(
@@ -164,7 +168,7 @@ def choose(
     """A rule whose error is below e^``log_tolerance`` [E] for these events; None if it would take too many nodes."""
     for fine in (1, 2, 4):
         panels = fine * _panels(low, high)
-        log_error = log_errors(law, low, high, panels, _ELLIPSES[:, None], a, omega)
+        log_error = Ellipses(law, low, high, panels, _ELLIPSES[:, None]).log_errors(a, omega)
         log_error -= log_tolerance[:, None, None] - math.log(panels)
         sizes = np.maximum(log_error / (2.0 * np.log(_ELLIPSES[:, None])), 1.5).max(axis=0)
         best = sizes.argmin(axis=0)
@@ -187,14 +191,45 @@ def _panels(low: np.ndarray, high: np.ndarray) -> int:
     return math.ceil(float((high - low).max()) / _PANEL)
 
 
-def error(law: Mixtures, low: np.ndarray, high: np.ndarray, rule: Rule, a: float, omega: float) -> np.ndarray:
-    """[E] log of a bound on the quadrature's error at every frequency up to ``omega``."""
-    each = log_errors(law, low, high, len(rule.sizes), rule.ellipses[None, :], a, omega)[:, 0, :]
-    each = each - 2.0 * rule.sizes * np.log(rule.ellipses)
-    top = each.max(axis=1, keepdims=True)
-    with np.errstate(invalid="ignore"):
-        total = (top + np.log(np.exp(each - top).sum(axis=1, keepdims=True)))[:, 0]
-    return np.where(np.isfinite(total), total, np.inf)
+class Bounds:
+    """The error of a rule, for events with noise between ``low`` and ``high`` [E]."""
+
+    def __init__(self, law: Mixtures, low: np.ndarray, high: np.ndarray, rule: Rule) -> None:
+        self._ellipses = Ellipses(law, low, high, len(rule.sizes), rule.ellipses[None, :])
+        self._gain = 2.0 * rule.sizes * np.log(rule.ellipses)
+
+    def log_error(self, a: float, omega: float) -> np.ndarray:
+        """[E] log of a bound on the quadrature's error at every frequency up to ``omega``."""
+        each = self._ellipses.log_errors(a, omega)[:, 0, :] - self._gain
+        top = each.max(axis=1, keepdims=True)
+        with np.errstate(invalid="ignore"):
+            total = (top + np.log(np.exp(each - top).sum(axis=1, keepdims=True)))[:, 0]
+        return np.where(np.isfinite(total), total, np.inf)
+
+
+class Placed(NamedTuple):
+    """Events on the nodes of a rule: all that their moment functions are made of.
+
+    Attributes:
+        law, low, high: [E] events, and the ends of the noise that is kept.
+        nodes: their measures there.
+        bounds: the rule's error.
+        log_outside: [E] log of the P-mass and of the Q-mass that is left out.
+    """
+
+    law: Mixtures
+    low: np.ndarray
+    high: np.ndarray
+    nodes: Nodes
+    bounds: Bounds
+    log_outside: tuple[np.ndarray, np.ndarray]
+
+    @classmethod
+    def of(cls, law: Mixtures, rule: Rule, bottom: float, far: float) -> Placed:
+        """With noise kept between the ``ends`` for ``bottom`` and ``far``."""
+        low, high = ends(law, bottom, far)
+        nodes, bounds = place(law, low, high, rule), Bounds(law, low, high, rule)
+        return cls(law, low, high, nodes, bounds, law.log_outside(low, high))
 
 
 @functools.lru_cache(maxsize=_MOST)

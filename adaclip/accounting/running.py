@@ -81,10 +81,8 @@ class Running:
         )
         if course is not None:
             self._smooth = Smooth(course)
-            lost = 1e-3 * self._delta / float(terms.counts.sum())
-            guess = Chernoff.near(terms.mixtures, search.bend, lost)
-            guess.add(guess.moments(terms.mixtures), terms.counts)
-            self._chernoff = Chernoff(terms.mixtures, np.array([guess.best(search.epsilon)]), lost)
+            guess = Chernoff.near(terms.mixtures, terms.counts, search.bend, 1e-3 * self._delta)
+            self._chernoff = Chernoff(np.array([guess.best(search.epsilon)]))
             self._start = search.epsilon
 
     def _solve(self, event: Event) -> tuple[float, float] | None:
@@ -101,7 +99,8 @@ class Running:
         # One entry at a time, always: arrays of other shapes might round otherwise.
         if self._last is None or self._last[0] != event.release:
             law = Mixtures(event.release.q * _ONE, _ONE / event.release.sigma, np.zeros((1, 1)))
-            self._last = event.release, factors(law, smooth.course), chernoff.moments(law)
+            placed = smooth.course.place(law)
+            self._last = event.release, factors(placed, smooth.course), chernoff.moments(placed)
         smooth.add(self._last[1], event.count * _ONE)
         chernoff.add(self._last[2], event.count * _ONE)
 

@@ -119,7 +119,7 @@ class Search:
             return None
         law, counts = self._terms.mixtures, self._terms.counts
         out = Smooth(course)
-        out.add(factors(law, course), counts)
+        out.add(factors(course.place(law), course), counts)
         out.add_gaussian(self._terms.gauss)
         out.add_overflow(self._terms.overflow)
         return out

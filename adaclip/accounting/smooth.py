@@ -21,10 +21,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from adaclip.accounting import quadrature
 from adaclip.accounting.decay import Decay
 from adaclip.accounting.mixtures import EPS, Mixtures
-from adaclip.accounting.quadrature import Rule
+from adaclip.accounting.quadrature import Placed, Rule
 from adaclip.accounting.solve import solve
 from adaclip.accounting.transform import Contour, characteristic, power_rounding
 
@@ -45,6 +44,10 @@ class Course(NamedTuple):
     bottom: float
     far: float
     swapped: bool
+
+    def place(self, law: Mixtures) -> Placed:
+        """Events on the course's nodes."""
+        return Placed.of(law, self.rule, self.bottom, self.far)
 
     def exponent(self, s: float) -> float:
         """E_Q[u^a] is the moment function at s: a = s, or 1 − s for the direction that adds an example."""
@@ -75,14 +78,13 @@ class Factors(NamedTuple):
     outside: np.ndarray
 
 
-def factors(law: Mixtures, course: Course) -> Factors:
+def factors(placed: Placed, course: Course) -> Factors:
     """The moment functions of all events along a course."""
-    contour, rule, bottom, far, swapped = course
-    low, high = quadrature.ends(law, bottom, far)
+    contour, swapped = course.contour, course.swapped
+    law, low, high, nodes, bounds, (log_p, log_q) = placed
     a, omega = course.exponent(contour.s), contour.frequencies()
-    nodes = quadrature.place(law, low, high, rule)
     weights, log_total = nodes.tilted(a)
-    integral = np.exp(np.minimum(quadrature.error(law, low, high, rule, a, omega[-1]) - log_total, 600.0))
+    integral = np.exp(np.minimum(bounds.log_error(a, omega[-1]) - log_total, 600.0))
     moved = (weights * nodes.moved).sum(axis=1)
     rounding = nodes.rounding(weights, a)
     error = (integral + rounding)[:, None] + moved[:, None] * omega
@@ -95,16 +97,15 @@ def factors(law: Mixtures, course: Course) -> Factors:
         ]
     )
     modulus = np.abs(values)
-    bounds = modulus + error
+    largest = modulus + error
     log_values = np.log(np.maximum(modulus, 1e-300)) + 1j * np.arctan2(values.imag, values.real)
     b = course.exponent(contour.alias)
-    log_alias = nodes.log_upper(b, quadrature.error(law, low, high, rule, b, 0.0))
+    log_alias = nodes.log_upper(b, bounds.log_error(b, 0.0))
     deficit = Decay.of(law, low, high, a, log_total).deficit(omega[-1])
-    log_p, log_q = law.log_outside(low, high)
     return Factors(
         np.conj(log_values) if swapped else log_values,
-        np.log(bounds),
-        2.0 * error / bounds + 8.0 * EPS,
+        np.log(largest),
+        2.0 * error / largest + 8.0 * EPS,
         log_total,
         integral + rounding,
         log_alias,
