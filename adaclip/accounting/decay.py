@@ -68,10 +68,8 @@ class Decay(NamedTuple):
         falling = np.minimum.accumulate(falling, axis=1)
         height = np.where(cell < peak, rising, falling)
         order = np.argsort(-height, axis=1)
-        return cls(
-            np.take_along_axis(height, order, axis=1),
-            np.cumsum(np.take_along_axis(length, order, axis=1), axis=1),
-        )
+        rows = np.arange(len(order))[:, None]
+        return cls(height[rows, order], np.cumsum(length[rows, order], axis=1))
 
     def deficit(self, omega: float) -> np.ndarray:
         """[E] by how much less than 1 the characteristic function is at every frequency ≥ ``omega``."""

@@ -83,7 +83,7 @@ class Running:
             self._smooth = Smooth(course)
             guess = Chernoff.near(terms.mixtures, terms.counts, search.bend, 1e-3 * self._delta)
             self._chernoff = Chernoff(np.array([guess.best(search.epsilon)]))
-            self._start = search.epsilon
+            self._start = search.epsilon / math.sqrt(_GROWTH)
 
     def _solve(self, event: Event) -> tuple[float, float] | None:
         """With one more entry, whose count may still grow."""
@@ -91,7 +91,9 @@ class Running:
             return None
         smooth, chernoff = self._smooth.copy(), self._chernoff.copy()
         self._compose(smooth, chernoff, event)
-        lower, upper = smooth.epsilon_bounds(self._delta, self._start)
+        lower, upper = smooth.epsilon_bounds(
+            self._delta, self._start * math.sqrt((len(self._done) + 1) / len(self._planned))
+        )
         close = lower > 0.0 and upper - lower <= _REL * upper
         return (lower, upper) if close and chernoff.delta(lower) <= self._delta else None
 

@@ -27,6 +27,7 @@ from adaclip.accounting.quadrature import Placed, Rule
 from adaclip.accounting.solve import solve
 from adaclip.accounting.transform import Contour, characteristic, power_rounding
 
+_TOLERANCE = 1e-7  # of ε, relative: a hundredth of how far apart the bounds are
 _TABLE = 1e5  # numbers in a chunk's tables
 
 
@@ -160,8 +161,8 @@ class Smooth:
 
     def epsilon_bounds(self, delta: float, start: float) -> tuple[float, float]:
         """(lower, upper) on ε at δ, looked for from ``start`` on; (0, 0) or (0, inf) where there is none."""
-        upper = solve(_Side(self, upper=True), delta, start)
-        return solve(_Side(self, upper=False), delta, min(upper, 1e300)), upper
+        upper = solve(_Side(self, upper=True), delta, start, _TOLERANCE)
+        return solve(_Side(self, upper=False), delta, min(upper, 1e300), _TOLERANCE), upper
 
     def delta(self, epsilon: float, *, upper: bool) -> tuple[float, float]:
         """(bound on δ(ε) within [0, 1], derivative of the main term in ε)."""
