@@ -14,13 +14,16 @@ from adaclip.accounting.terms import has_group_law
 
 
 class PLDAccountant(Accountant):
-    """ε by privacy loss distributions: bounds on both sides, about 1e-3 of ε apart, in milliseconds.
+    """ε by privacy loss distributions: bounds on both sides, in milliseconds.
 
     The upper bound is what ``get_epsilon`` reports. Under add_remove, zero_out and replace_one, for Poisson-sampled
-    Gaussian steps and for Gaussian and Laplace releases, the distance ``(upper − lower)/upper`` is at most 1e-3
-    (for ε below about 1 % of the standard deviation of the privacy loss it may be more); for releases of which
-    only a bound is known (pure and approximate DP, fixed-size batches, truncated ones) it may be more. See
-    ``adaclip.accounting.pld`` for the method.
+    Gaussian steps and for Gaussian and Laplace releases, the distance ``(upper − lower)/upper`` is at most 1e-3, and
+    about 1e-5 for many steps (it may be more for ε below about 1 % of the standard deviation of the privacy loss, and
+    for a few steps at sampling rates near 1e-6); for releases of which only a bound is known (pure and approximate DP,
+    fixed-size batches, truncated ones) it may be more. See ``adaclip.accounting.pld`` for the method.
+
+    A run that asks for ε after every step composes what is new only (``running``): about a millisecond for a step with
+    noise of its own.
 
     The bounds are those of a schedule of releases that was fixed in advance. They are no privacy filter: stopping,
     or choosing later noise or sampling rates, by their running value on data-dependent grounds is not covered
