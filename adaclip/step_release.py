@@ -108,6 +108,9 @@ class Statistics:
 
     def __init__(self, parts: Iterable[SideRelease], device: torch.device):
         self.parts = list(parts)
+        # (contribution norm, noise standard deviation) of every part, for `gradient_sigma`. Taken now, as the noise is:
+        # what a part says later of its sigma changes neither.
+        self.sensitivities = [pair for part in self.parts for pair in part.sensitivities]
         stds = [std for part in self.parts for std in part.stds()]
         self.sums = torch.zeros(len(stds), dtype=torch.float64, device=device)
         self._stds = torch.tensor(stds, dtype=torch.float64, device=device)
@@ -124,11 +127,6 @@ class Statistics:
         ]
         if len(set(wanted)) < len(wanted):
             raise ValueError(f"side releases must each have statistics of their own, got {sorted(wanted)}")
-
-    @property
-    def sensitivities(self) -> list[tuple[float, float]]:
-        """(contribution norm, noise standard deviation) of every part, for `gradient_sigma`."""
-        return [pair for part in self.parts for pair in part.sensitivities]
 
     def outputs(self) -> dict[str, Tensor]:
         """Keyword arguments for `adaclip.ops.sample_statistics`: where each part adds up, and what it needs."""
