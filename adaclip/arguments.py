@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,13 +15,21 @@ from adaclip.epochs import EpochLoader
 from adaclip.errors import UnsupportedModuleError
 from adaclip.groups import LabelGroups
 from adaclip.layers import ReplacedForward
+from adaclip.noise import NoiseSource
 from adaclip.optimizer import DPOptimizer
 from adaclip.sampler import PoissonLoader
 from adaclip.schedules import Schedule, check_schedule
 from adaclip.step_release import check_noise
 from adaclip.validation import validate
 
-__all__ = ["check_model", "check_optimizer", "check_options", "check_single_process", "make_loader"]
+__all__ = [
+    "check_model",
+    "check_optimizer",
+    "check_options",
+    "check_single_process",
+    "make_loader",
+    "make_source",
+]
 
 
 def check_options(
@@ -105,3 +113,14 @@ def make_loader(
         stacklevel=3,
     )
     return loader
+
+
+def make_source(key: bytes | int | torch.Generator | None, used: Iterable[NoiseSource]) -> NoiseSource:
+    """A run's keystream; ValueError if one of `used` has its key: two releases of the same noise cancel."""
+    source = NoiseSource(key)
+    if any(source.same_key(other) for other in used):
+        raise ValueError(
+            "noise_generator must be a key that no earlier run of this engine released noise with: the same noise "
+            "would be added again, and cancel in the difference of both runs' releases"
+        )
+    return source

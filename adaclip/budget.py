@@ -88,6 +88,24 @@ class Budget:
                 f"budget is {self.epsilon:g}"
             )
 
+    def continuing(self, saved: Budget | None) -> Budget:
+        """The budget of a run that goes on from a checkpoint whose budget was `saved`: this one, on saved's terms.
+
+        Raises:
+            ValueError: saved has a plan, and this is not the same. Who departs from a plan does so in view of what
+              was released.
+        """
+        if saved is None:
+            return self
+        if saved.plan is not None and saved != self:
+            raise ValueError(
+                f"budget must be the checkpoint's plan (epsilon {saved.epsilon:g}, delta {saved.delta:g}), which is "
+                f"not left on the way, got epsilon {self.epsilon:g}, delta {self.delta:g} with another plan or none"
+            )
+        # A filter's order is chosen once. If this run has chosen one, it goes on with it.
+        unused = self.filter is not None and self.filter.state_dict()["order"] is None
+        return saved if unused and saved == self else self
+
     def state_dict(self) -> dict[str, Any]:
         """Plain values: the plan as a ledger, or the filter with its terms."""
         plan = None if self.plan is None else _in_a_row(self.plan).state_dict()

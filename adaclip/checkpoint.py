@@ -92,8 +92,12 @@ def check(
     optimizer: DPOptimizer,
     loader: LoaderBase,
     adjacency: str,
+    budget: Budget | None,
 ) -> tuple[Ledger, Budget | None]:
-    """Raise ValueError unless `restore` can continue from `state`; returns its ledger and budget."""
+    """Raise ValueError unless `restore` can continue from `state`; returns its ledger, and the budget to go on with.
+
+    budget: that of the run it is loaded into, which goes before the checkpoint's own.
+    """
     _check_module(state["module"], module)
     _check_kinds(state["kinds"], _kinds(optimizer, loader))
     ledger = Ledger.from_state_dict(state["accountant"])
@@ -106,8 +110,8 @@ def check(
         if part is not None:
             _check_kinds({name: saved["config"]}, {name: part.config()})
             part.check_state(saved["state"])
-    budget = None if state["budget"] is None else Budget.from_state_dict(state["budget"])
-    return ledger, budget
+    saved = None if state["budget"] is None else Budget.from_state_dict(state["budget"])
+    return ledger, saved if budget is None else budget.continuing(saved)
 
 
 def restore(state: dict[str, Any], module: nn.Module, optimizer: DPOptimizer, loader: LoaderBase) -> None:

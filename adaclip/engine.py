@@ -12,9 +12,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from adaclip import checkpoint
+from adaclip import arguments, checkpoint
 from adaclip.accounting import Accountant, SubsampledGaussian, create_accountant
-from adaclip.arguments import check_model, check_optimizer, check_options, check_single_process, make_loader
 from adaclip.augment import Augmentation
 from adaclip.batches import BatchInfo, class_labels
 from adaclip.budget import Budget
@@ -68,6 +67,7 @@ class PrivacyEngine:
         self._loader: PoissonLoader | EpochLoader | None = None
         self._budget: Budget | None = None
         self._booked_epoch: tuple[int, float] | None = None
+        self._used_keys: list[NoiseSource] = []
 
     # --- making things private ---------------------------------------------------------------------
 
@@ -127,7 +127,7 @@ class PrivacyEngine:
               anything else (class weights, ignored targets, only some of the rows) makes one sample's
               gradient depend on the others, and the clipping norm mean something else.
             noise_generator: None takes a key from the operating system (the only private choice); a
-              32-byte key, an int or a torch.Generator is for tests and replay.
+              32-byte key, an int or a torch.Generator is for tests and replay, and for one run of an engine.
 
         Raises:
             ValueError, TypeError: an argument is wrong. UnsupportedModuleError: the model cannot be
@@ -135,7 +135,7 @@ class PrivacyEngine:
             changed in either case.
         """
         self._check_free()
-        check_options(
+        arguments.check_options(
             noise_multiplier=noise_multiplier,
             noise_schedule=noise_schedule,
             poisson_sampling=poisson_sampling,
@@ -144,12 +144,12 @@ class PrivacyEngine:
             backend=backend,
             loss_reduction=loss_reduction,
         )
-        check_single_process()
-        check_model(module)
-        check_optimizer(module, optimizer)
+        arguments.check_single_process()
+        arguments.check_model(module)
+        arguments.check_optimizer(module, optimizer)
         strategy = make_clipping(clipping, max_grad_norm)
-        source = NoiseSource(noise_generator)
-        loader = make_loader(
+        source = arguments.make_source(noise_generator, self._used_keys)
+        loader = arguments.make_loader(
             data_loader,
             poisson_sampling,
             max_batch_size=max_batch_size,
@@ -312,6 +312,7 @@ class PrivacyEngine:
         for replaced in self._replaced:
             replaced.detach()
         self._optimizer._sum.reset()
+        self._used_keys += [self._optimizer._source] if self._optimizer.releases else []
         for p in self._module.parameters():
             p.grad = None
         attached, self._module = self._module, None
@@ -328,17 +329,17 @@ class PrivacyEngine:
         """
         return self.accountant.get_epsilon(delta)
 
-    def _book(self, info: BatchInfo | None) -> None:
+    def _book(self, optimizer: DPOptimizer, info: BatchInfo | None) -> None:
         """Book one release, or raise PrivacyBudgetExceeded with nothing booked."""
         loader = self._loader
-        if loader is None:
+        if loader is None or optimizer is not self._optimizer:
             raise RuntimeError("this optimizer's engine was detached: its steps are no longer accounted")
         if info is None:
             raise RuntimeError(
                 "step() needs a batch of the private loader: its sampling is what the accountant books. "
                 "Iterate over the loader that make_private returned"
             )
-        sigma = self._optimizer.noise_multiplier
+        sigma = optimizer.noise_multiplier
         if isinstance(loader, EpochLoader) and self._booked_epoch is not None:
             # Every example enters one step of an epoch: the epoch is one release, booked at its start.
             epoch, booked = self._booked_epoch
@@ -378,13 +379,13 @@ class PrivacyEngine:
         """
         self._check_attached(module, optimizer)
         state = checkpoint.load(path)
-        ledger, budget = checkpoint.check(state, module, optimizer, self._loader, self.accountant.adjacency)
+        adjacency, loader = self.accountant.adjacency, self._loader
+        ledger, budget = checkpoint.check(state, module, optimizer, loader, adjacency, self._budget)
         # The sum in hand was clipped to other thresholds, and its parameters are about to change.
         optimizer._sum.reset()
-        checkpoint.restore(state, module, optimizer, self._loader)
+        checkpoint.restore(state, module, optimizer, loader)
         checkpoint.adopt(self.accountant, ledger)
-        if self._budget is None:
-            self._budget = budget
+        self._budget = budget
         return state["extra"]
 
     # --- checks ------------------------------------------------------------------------------------

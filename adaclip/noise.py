@@ -73,6 +73,10 @@ class NoiseSource:
         """True if the key came from the operating system's CSPRNG."""
         return self._secure
 
+    def same_key(self, other: NoiseSource) -> bool:
+        """Whether both draw the same numbers."""
+        return secrets.compare_digest(self._key, other._key)
+
     def __repr__(self) -> str:
         return f"NoiseSource(<{'secret' if self._secure else 'given'} key>)"
 

@@ -49,7 +49,7 @@ class DPOptimizer(torch.optim.Optimizer):
         noise_multiplier: float,
         expected_batch_size: float,
         source: NoiseSource,
-        book: Callable[[BatchInfo | None], None],
+        book: Callable[[DPOptimizer, BatchInfo | None], None],
         batch: Callable[[], BatchInfo | None],
         noise_schedule: Schedule | None = None,
         point: EvaluationPoint | None = None,
@@ -227,7 +227,7 @@ class DPOptimizer(torch.optim.Optimizer):
         self._sum.begin()
         if self._point is not None:
             self._point.leave()
-        self._book(info)
+        self._book(self, info)
         if info is not None:
             self._released = info.step
         step = self.releases
