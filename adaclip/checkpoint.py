@@ -91,7 +91,7 @@ def check(
     module: nn.Module,
     optimizer: DPOptimizer,
     loader: LoaderBase,
-    adjacency: str,
+    accountant: Accountant,
     budget: Budget | None,
 ) -> tuple[Ledger, Budget | None]:
     """Raise ValueError unless `restore` can continue from `state`; returns its ledger, and the budget to go on with.
@@ -101,7 +101,7 @@ def check(
     _check_module(state["module"], module)
     _check_kinds(state["kinds"], _kinds(optimizer, loader))
     ledger = Ledger.from_state_dict(state["accountant"])
-    _check_kinds({"adjacency": ledger.adjacency}, {"adjacency": adjacency})
+    _check_kinds({"adjacency": ledger.adjacency}, {"adjacency": accountant.adjacency})
     for name, part in _parts(optimizer).items():
         saved = state["parts"][name]
         if (saved is None) != (part is None):

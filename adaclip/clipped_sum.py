@@ -99,7 +99,8 @@ class ClippedSum:
 
     def reset(self) -> None:
         """Drop the sum: `p.grad` of every trained parameter becomes None, and the statistics zero."""
-        for p in self._parameters():
+        # Also of those that were frozen since: they get no noise, and their sums would stay.
+        for p in {*self._parameters(), *self._made}:
             p.grad = None
         self.statistics.clear()
         self._forget()

@@ -126,8 +126,8 @@ class PrivacyEngine:
             loss_reduction: "mean" or "sum", as the criterion does over the rows of the batch. A mean over
               anything else (class weights, ignored targets, only some of the rows) makes one sample's
               gradient depend on the others, and the clipping norm mean something else.
-            noise_generator: None takes a key from the operating system (the only private choice); a
-              32-byte key, an int or a torch.Generator is for tests and replay, and for one run of an engine.
+            noise_generator: None takes a key from the operating system (the only private choice); a 32-byte key,
+              an int or a torch.Generator is for tests and replay (noise repeats where a run is resumed with it).
 
         Raises:
             ValueError, TypeError: an argument is wrong. UnsupportedModuleError: the model cannot be
@@ -379,11 +379,11 @@ class PrivacyEngine:
         """
         self._check_attached(module, optimizer)
         state = checkpoint.load(path)
-        adjacency, loader = self.accountant.adjacency, self._loader
-        ledger, budget = checkpoint.check(state, module, optimizer, loader, adjacency, self._budget)
+        here = self._loader, self.accountant, self._budget
+        ledger, budget = checkpoint.check(state, module, optimizer, *here)
         # The sum in hand was clipped to other thresholds, and its parameters are about to change.
         optimizer._sum.reset()
-        checkpoint.restore(state, module, optimizer, loader)
+        checkpoint.restore(state, module, optimizer, self._loader)
         checkpoint.adopt(self.accountant, ledger)
         self._budget = budget
         return state["extra"]

@@ -187,3 +187,24 @@ def test_a_crash_between_noise_and_statistics_releases_neither_again(monkeypatch
     nn.functional.cross_entropy(model(x), y).backward()
     optimizer.step()
     assert optimizer.releases == engine.accountant.ledger.steps == 2
+
+
+@pytest.mark.parametrize("own", [torch.optim.SGD, torch.optim.Adagrad])
+def test_a_parameter_frozen_before_the_step_keeps_no_sum(own):
+    """It gets no noise, so nothing of the batch may stay in it, or be released when it is trained again."""
+    model = small_model()
+    _, model, optimizer, loader = private(model, optimizer=own(model.parameters(), lr=0.1))
+    batches, bias = iter(loader), model[4].bias
+    x, y = next(batches)
+    square_loss(model(x), y).backward()
+    before = bias.detach().clone()
+    bias.requires_grad_(False)
+    optimizer.step()
+    assert torch.equal(bias, before)
+    assert bias.grad is None
+    bias.requires_grad_(True)
+    x, y = next(batches)
+    optimizer.zero_grad()
+    square_loss(model(x), y).backward()
+    optimizer.step()
+    assert not torch.equal(bias, before)
