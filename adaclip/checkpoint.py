@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from adaclip.batches import LoaderBase
 from adaclip.budget import Budget
 from adaclip.optimizer import DPOptimizer
 
-__all__ = ["VERSION", "adopt", "check", "collect", "load", "restore", "save"]
+__all__ = ["VERSION", "Lineage", "check", "collect", "load", "restore", "save"]
 
 VERSION = 3
 
@@ -67,6 +68,7 @@ def collect(
     loader: LoaderBase,
     accountant: Accountant,
     budget: Budget | None,
+    run: str,
     extra: dict | None,
 ) -> dict[str, Any]:
     """What a checkpoint holds: everything that a run continues from, but the noise key."""
@@ -74,6 +76,7 @@ def collect(
         "module": module.state_dict(),
         "optimizer": optimizer.state_dict(),
         "accountant": accountant.state_dict(),
+        "run": run,
         "kinds": _kinds(optimizer, loader),
         "parts": {
             name: None if part is None else {"config": part.config(), "state": part.state_dict()}
@@ -125,14 +128,35 @@ def restore(state: dict[str, Any], module: nn.Module, optimizer: DPOptimizer, lo
     optimizer.releases = max(optimizer.releases, state["releases"])
 
 
-def adopt(accountant: Accountant, saved: Ledger) -> None:
-    """Book what the checkpoint's run spent; nothing that the accountant holds is ever forgotten."""
-    if accountant.ledger.after(saved) is not None:
-        # Loaded back into the run it came from: the steps since then were released all the same.
-        return
-    more = saved.after(accountant.ledger)
-    for event in saved.events if more is None else more:
-        accountant.add(*event)
+class Lineage:
+    """Whose releases an engine has on its account: its own, and those of checkpoints that other engines saved.
+
+    Two ledgers cannot tell: with the same noise and sampling rate, different releases make equal entries.
+
+    Attributes:
+        run: names this engine in the checkpoints that it saves.
+    """
+
+    def __init__(self) -> None:
+        self.run = secrets.token_hex(16)
+        self._booked: dict[str, Ledger] = {}
+
+    def adopt(self, accountant: Accountant, run: str | None, saved: Ledger) -> None:
+        """Book what `saved` holds, of a checkpoint by the engine `run` (None: unknown), and is not booked yet.
+
+        Nothing that the accountant holds is ever forgotten, and what cannot be told to be the same counts again.
+        """
+        if run == self.run and accountant.ledger.after(saved) is not None:
+            # Loaded back into the run it came from: the steps since then were released all the same.
+            return
+        booked = None if run is None else self._booked.get(run)
+        if booked is not None and booked.after(saved) is not None:
+            return
+        more = None if booked is None else saved.after(booked)
+        for event in saved.events if more is None else more:
+            accountant.add(*event)
+        if run is not None:
+            self._booked[run] = saved
 
 
 def _parts(optimizer: DPOptimizer) -> dict[str, Any]:

@@ -68,6 +68,7 @@ class PrivacyEngine:
         self._budget: Budget | None = None
         self._booked_epoch: tuple[int, float] | None = None
         self._used_keys: list[NoiseSource] = []
+        self._lineage = checkpoint.Lineage()
 
     # --- making things private ---------------------------------------------------------------------
 
@@ -111,8 +112,7 @@ class PrivacyEngine:
               work from `optimizer.clipping`).
             noise_schedule: an `adaclip.schedules` object: release t has the noise multiplier sigma times
               schedule(t), and is booked with it. For Poisson batches only.
-            groups: label groups, whose noisy statistics every step releases (`adaclip.groups`; copied:
-              `optimizer.groups`).
+            groups: label groups, whose noisy statistics every step releases (copied: `optimizer.groups`).
             labels: for groups: a batch -> its labels, int64, one an example; None: the second element of it.
             smoothing: take gradients at randomly moved weights (`adaclip.smoothing`); costs no privacy.
             views_per_sample: V: the loader yields each example as V rows, one after the other, and what is
@@ -366,8 +366,8 @@ class PrivacyEngine:
         The noise key is not in it: a resumed run draws a new one. `extra`: plain values of your own.
         """
         self._check_attached(module, optimizer)
-        loader, budget = self._loader, self._budget
-        checkpoint.save(path, checkpoint.collect(module, optimizer, loader, self.accountant, budget, extra))
+        here = self._loader, self.accountant, self._budget, self._lineage.run
+        checkpoint.save(path, checkpoint.collect(module, optimizer, *here, extra))
 
     def load_checkpoint(
         self, path: str | os.PathLike, *, module: nn.Module, optimizer: DPOptimizer
@@ -384,7 +384,7 @@ class PrivacyEngine:
         # The sum in hand was clipped to other thresholds, and its parameters are about to change.
         optimizer._sum.reset()
         checkpoint.restore(state, module, optimizer, self._loader)
-        checkpoint.adopt(self.accountant, ledger)
+        self._lineage.adopt(self.accountant, state.get("run"), ledger)
         self._budget = budget
         return state["extra"]
 

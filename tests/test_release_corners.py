@@ -208,3 +208,63 @@ def test_a_parameter_frozen_before_the_step_keeps_no_sum(own):
     square_loss(model(x), y).backward()
     optimizer.step()
     assert not torch.equal(bias, before)
+
+
+def test_steps_before_a_checkpoint_of_another_process_is_loaded_count_too(tmp_path):
+    """Equal entries of two ledgers are not the same releases: 2 steps here and 4 there are 6."""
+    path = tmp_path / "run.pt"
+    engine, model, optimizer, loader = private()
+    train(model, optimizer, loader)
+    engine.save_checkpoint(path, module=model, optimizer=optimizer)
+    train(model, optimizer, loader)
+    # Back and forth in its own process: nothing new.
+    engine.load_checkpoint(path, module=model, optimizer=optimizer)
+    assert engine.accountant.ledger.steps == 8
+
+    for before in (1, 2):
+        other, model, optimizer, loader = private()
+        train(model, optimizer, loader, epochs=before)
+        other.load_checkpoint(path, module=model, optimizer=optimizer)
+        assert other.accountant.ledger.steps == 4 * before + 4
+        # The same file once more.
+        other.load_checkpoint(path, module=model, optimizer=optimizer)
+        assert other.accountant.ledger.steps == 4 * before + 4
+
+
+def test_a_later_checkpoint_of_another_process_adds_what_it_did_since(tmp_path):
+    paths = tmp_path / "early.pt", tmp_path / "late.pt"
+    engine, model, optimizer, loader = private()
+    for path in paths:
+        train(model, optimizer, loader)
+        engine.save_checkpoint(path, module=model, optimizer=optimizer)
+
+    other, model, optimizer, loader = private()
+    for path, steps in zip((*paths, paths[0]), (4, 12, 12), strict=True):
+        other.load_checkpoint(path, module=model, optimizer=optimizer)
+        assert other.accountant.ledger.steps == steps
+        if steps == 4:
+            train(model, optimizer, loader)
+
+
+def test_a_checkpoint_amid_a_logical_batch_holds_nothing_of_it(tmp_path):
+    path = tmp_path / "run.pt"
+    engine, model, optimizer, loader = labeled(
+        clipping="adaptive", groups=LabelGroups(groups=3), max_batch_size=5
+    )
+    engine.save_checkpoint(path, module=model, optimizer=optimizer)
+    clean = torch.load(path, weights_only=True)
+    x, y = batch_of(loader)
+    nn.functional.cross_entropy(model(x), y).backward()
+    assert optimizer._sum.statistics.sums.any()
+    engine.save_checkpoint(path, module=model, optimizer=optimizer)
+    amid = torch.load(path, weights_only=True)
+    assert amid.pop("loader")["step"] == clean.pop("loader")["step"] + 1
+    assert str(amid) == str(clean)
+
+    # Loading drops the batch in hand, which can no longer be released.
+    engine.load_checkpoint(path, module=model, optimizer=optimizer)
+    assert not optimizer._sum.statistics.sums.any()
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(RuntimeError, match="needs a batch"):
+        optimizer.step()
+    assert len(engine.accountant) == 0
