@@ -110,6 +110,8 @@ class ClippedSum:
         self._thresholds: tuple[Tensor, int] | None = None
         self._made: dict[nn.Parameter, tuple[Tensor, int]] = {}
         self._step: int | None = None
+        # Calls outside the whole model's forward that are in the sum.
+        self._calls: set[int] = set()
         self._physical: BatchInfo | None = None
         self._rows_done = 0
         self._complete = False
@@ -203,16 +205,17 @@ class ClippedSum:
 
     def _check_uses(self, used: list[Layer]) -> int:
         """The number of samples of this backward, each with all of its views."""
-        # Compiled regions and calls outside the whole model's forward carry no number; for them, and
+        # Compiled regions carry no number, calls outside the whole model's forward one of their own; for them, and
         # behind this check, the rows are counted.
-        forwards = {use.forward for layer in used for use in layer.slot.uses} - {0}
+        numbers = {use.forward for layer in used for use in layer.slot.uses}
+        forwards, calls = {n for n in numbers if n > 0}, {n for n in numbers if n < 0}
         if len(forwards) > 1:
             raise RuntimeError(
                 "one backward covers two forward passes of the model, so a row no longer is one sample: call "
                 "backward() for each, or put both passes inside one module's forward"
             )
         forward = forwards.pop() if forwards else 0
-        if forward and forward == self._last_forward:
+        if (forward and forward == self._last_forward) or calls & self._calls:
             raise RuntimeError(
                 "two backward passes over one forward pass would clip every sample twice: add the losses and "
                 "call backward() once (and use activation checkpointing with use_reentrant=False)"
@@ -257,6 +260,7 @@ class ClippedSum:
         info = self._physical
         real = rows if info is None else max(0, min(rows, info.rows - self._rows_done))
         self._rows_done += rows
+        self._calls |= {use.forward for layer in used for use in layer.slot.uses if use.forward < 0}
         self.begin()
         if rows == 0:
             self.sample_norms = torch.zeros(0, dtype=torch.float64)

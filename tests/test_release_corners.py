@@ -268,3 +268,35 @@ def test_a_checkpoint_amid_a_logical_batch_holds_nothing_of_it(tmp_path):
     with pytest.raises(RuntimeError, match="needs a batch"):
         optimizer.step()
     assert len(engine.accountant) == 0
+
+
+class _Wrapped(nn.Module):
+    """Its parts can be called without it."""
+
+    def __init__(self, generic):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.PReLU() if generic else nn.Identity(), nn.Linear(36, 3))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.filterwarnings("ignore:adaclip has no fast")
+@pytest.mark.parametrize("generic", [False, True])
+def test_two_backwards_over_half_a_batch_are_not_a_batch(generic):
+    """Past the whole model's forward, which is counted, too: as many rows as samples, but some of them twice."""
+    engine, model, optimizer, loader = private(_Wrapped(generic), n=10, batch_size=10)
+    x, y = batch_of(loader)
+    loss = square_loss(model.net(x[:5]), y[:5])
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="two backward passes over one forward"):
+        loss.backward()
+    with pytest.raises(RuntimeError, match="last backward failed"):
+        optimizer.step()
+    assert len(engine.accountant) == 0
+    # Each half once is in order.
+    optimizer.zero_grad()
+    for part in (slice(0, 5), slice(5, 10)):
+        square_loss(model.net(x[part]), y[part]).backward()
+    optimizer.step()
+    assert len(engine.accountant) == 1

@@ -26,7 +26,7 @@ class _Watch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, layer: FallbackLayer, call: _Call, anchor: Tensor, *outputs: Tensor):
-        ctx.layer, ctx.call, ctx.forward_count = layer, call, layer.slot.tape.current
+        ctx.layer, ctx.call, ctx.forward_count = layer, call, layer.slot.tape.call_number()
         ctx.set_materialize_grads(True)
         # Copies, not views: autograd forbids changing a view in place here, and a ReLU may follow.
         return tuple(t.clone() for t in outputs)

@@ -19,6 +19,7 @@ from torch import Tensor
 __all__ = ["Slot", "Tape", "Use"]
 
 _numbers = itertools.count()
+_calls = itertools.count(1)
 _slots: weakref.WeakValueDictionary[int, Slot] = weakref.WeakValueDictionary()
 
 
@@ -28,7 +29,8 @@ class Use:
 
     tensors: rows first; `views` consecutive rows belong to one sample, whose gradient is the sum of theirs.
       `Layer.fold` sets it, and leaves more than one only to the kinds whose `sample_grads` adds them up.
-    forward: which forward pass of the root module; 0 if unknown.
+    forward: which forward pass of the root module; 0 if unknown; negative, and another number for each call, where a
+      layer was called outside of one.
     """
 
     tensors: list[Tensor]
@@ -54,7 +56,7 @@ class Slot:
             # count is not traced, it would recompile at every step.
             return self.ticket, self.number, 0, True
         # A fresh ticket for each use: autograd would refuse one saved twice and mutated in between.
-        return torch.empty(0), self.number, self.tape.current, False
+        return torch.empty(0), self.number, self.tape.call_number(), False
 
 
 class Tape:
@@ -68,6 +70,12 @@ class Tape:
         # it, and in compiled code.
         self.forwards = 0
         self.current = 0
+
+    def call_number(self) -> int:
+        """`Use.forward` of a call that is made now."""
+        if self.current or torch.compiler.is_compiling():
+            return self.current
+        return -next(_calls)
 
     def new_slot(self) -> Slot:
         slot = Slot(self)
