@@ -3,6 +3,11 @@
 import pytest
 import torch
 from core_calls import LEVELS, simd
+from tiny_runs import SETTINGS, write_mnist
+
+from adaclip.runs import RunFolder
+from adaclip.train import Training
+from adaclip.train_sources import resolve
 
 
 @pytest.fixture(autouse=True)
@@ -23,3 +28,29 @@ def set_threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Models this small gain nothing from threads, and lose much where other work shares the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A folder with a data set of 200 random digits."""
+    return write_mnist(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def tiny_run(digits):
+    """Makes a training of a few seconds: tiny_run(run_folder, setting=value, …)."""
+
+    def make(path, **settings):
+        config = resolve(SETTINGS | {"data_dir": str(digits)} | settings)
+        return Training(config, RunFolder.create(path))
+
+    return make

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from tiny_runs import flags, write_mnist
+from tiny_runs import flags
 
 import adaclip
 from adaclip import train
@@ -27,18 +27,7 @@ PRIVATE_WORDS = (
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Models this small gain nothing from threads, and lose much where other work shares the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    return write_mnist(tmp_path_factory.mktemp("data"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def raise_signal_in_step(monkeypatch, step, number=signal.SIGINT):

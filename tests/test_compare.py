@@ -4,8 +4,6 @@ import json
 import signal
 
 import pytest
-import torch
-from tiny_runs import write_mnist
 
 from adaclip import compare, train
 from adaclip.cli import main
@@ -23,18 +21,7 @@ SHARED = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Models this small gain nothing from threads, and lose much where other work shares the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    return write_mnist(tmp_path_factory.mktemp("data"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Ended:

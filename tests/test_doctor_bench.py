@@ -12,13 +12,7 @@ from adaclip.cli import main
 TINY = ["--image-size", "8", "--batch-size", "4", "--repeats", "2"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Models this small gain nothing from threads, and lose much where other work shares the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_doctor_reports_and_tests(capsys):

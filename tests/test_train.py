@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 from rich.console import Console
-from tiny_runs import SETTINGS, write_mnist
 from torch import nn
 
 from adaclip import train
@@ -19,34 +18,11 @@ from adaclip.augment import AUGMENTATIONS, augment
 from adaclip.interrupts import Interrupts
 from adaclip.plots import plot_run
 from adaclip.progress import Bar, Lines, Silent, make_reporter
-from adaclip.runs import RunFolder
 from adaclip.smoothing import moving_average
-from adaclip.train import Training, evaluate
+from adaclip.train import evaluate
 from adaclip.train_config import TrainConfig
-from adaclip.train_sources import resolve
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Models this small gain nothing from threads, and lose much where other work shares the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    return write_mnist(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture
-def tiny_run(digits):
-    def make(path, **settings):
-        config = resolve(SETTINGS | {"data_dir": str(digits)} | settings)
-        return Training(config, RunFolder.create(path))
-
-    return make
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- schedule ---------------------------------------------------------------------------------------------

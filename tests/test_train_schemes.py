@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_runs import SETTINGS, write_mnist
+from tiny_runs import SETTINGS
 
 from adaclip.accounting import Event, Ledger, SubsampledGaussian
 from adaclip.runs import RunFolder
@@ -12,28 +12,7 @@ from adaclip.schemes import SCHEMES
 from adaclip.train import Training
 from adaclip.train_sources import resolve
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Models this small gain nothing from threads, and lose much where other work shares the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    return write_mnist(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture
-def tiny_run(digits):
-    def make(path, **settings):
-        config = resolve(SETTINGS | {"data_dir": str(digits)} | settings)
-        return Training(config, RunFolder.create(path))
-
-    return make
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 ADAPTING = ("adaptive", "per_layer_adaptive", "dc_sgd", "dc_sgd_error")
