@@ -9,6 +9,8 @@ from adaclip.runs import RunFolder
 from adaclip.train import Training
 from adaclip.train_sources import resolve
 
+torch.manual_seed(0)  # for the modules that parameter lists make while tests are collected
+
 
 @pytest.fixture(autouse=True)
 def _seed():
