@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pybind11
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 
@@ -33,4 +33,10 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "--build", ".", "--parallel", jobs], cwd=build, check=True)
 
 
-setup(ext_modules=[Extension("adaclip._core", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    # Here and not in pyproject.toml, whose search for packages does not know that kernels/ is adaclip.kernels.
+    packages=[*find_packages(include=["adaclip", "adaclip.*"]), "adaclip.kernels"],
+    package_dir={"adaclip.kernels": "kernels"},
+    ext_modules=[Extension("adaclip._core", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

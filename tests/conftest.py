@@ -1,7 +1,18 @@
-"""Every test starts from the same global seed, so a failure can be run again."""
+"""Every test starts from the same global seed, so a failure can be run again.
+
+Triton reads TRITON_INTERPRET when it is imported and whenever a kernel is defined, so it is set here, before
+anything that imports triton.
+"""
+
+import importlib.util
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from core_calls import LEVELS, simd
 from tiny_runs import SETTINGS, write_mnist
 
@@ -22,6 +33,14 @@ def simd_level(request):
     """The test runs once on each instruction set that this CPU has."""
     with simd(request.param):
         yield request.param
+
+
+@pytest.fixture
+def gpu_or_interpreter():
+    """The device that Triton kernels run on: the GPU, or without one the CPU, in Triton's interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture

@@ -1,0 +1,130 @@
+"""Ahead-of-time compilation: every kernel to machine code for GPUs that need not be there.
+
+    python -m adaclip.kernels.aot [80 90 ...]
+
+compiles what the modules' `aot()` name and prints one line of JSON for each. TRITON_INTERPRET must not be set:
+under the interpreter there is nothing to compile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["Compiled", "Variant", "compile_variant", "variants"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way in which a kernel is launched.
+
+    kernel: what `@triton.jit` made.
+    signature: {argument: Triton type} of everything that is no constexpr, such as "*bf16", "i32", "fp64".
+    constexprs: {argument: value}; an argument that is None at run time is a constexpr None here.
+    hot: a kernel that must keep everything in registers; a test refuses one that spills.
+    label: tells variants of one kernel apart.
+    divisible: integer arguments that the launch finds to be multiples of 16, as it finds every pointer to be.
+    options: further ones of the compiler, such as {"num_stages": 2, "enable_fp_fusion": False}.
+    """
+
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int = 4
+    hot: bool = False
+    label: str = ""
+    divisible: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a compiled variant takes: registers and spilled bytes of a thread, bytes of shared memory of a block.
+
+    spills: local memory of a thread, as the driver would report it: spilled registers, and arrays that could not be
+      registers.
+    ptx: the assembly that the machine code was made from.
+    """
+
+    registers: int
+    spills: int
+    shared: int
+    ptx: str = field(repr=False)
+
+
+def compile_variant(variant: Variant, capability: int) -> Compiled:
+    """Compile for one architecture, 80 or 90 for example; needs no GPU and no driver.
+
+    Raises:
+        ValueError: the signature and constexprs are not the kernel's arguments.
+        RuntimeError: under the interpreter.
+        triton's own errors, where the kernel does not compile.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
+
+    if not isinstance(variant.kernel, JITFunction):
+        raise RuntimeError(
+            f"nothing to compile: {variant.kernel!r} is no compiled kernel (TRITON_INTERPRET=1?)"
+        )
+    names = variant.kernel.arg_names
+    given = [*(n for n, kind in variant.signature.items() if kind != "constexpr"), *variant.constexprs]
+    if sorted(given) != sorted(names):
+        raise ValueError(f"{variant.kernel.__name__} takes {sorted(names)}, got {sorted(given)}")
+    signature = {n: "constexpr" if n in variant.constexprs else variant.signature[n] for n in names}
+    aligned = [n for n in names if signature[n].startswith("*") or n in variant.divisible]
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = ASTSource(variant.kernel, signature, variant.constexprs, attributes)
+    options = {"num_warps": variant.num_warps, **variant.options}
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    registers, spills = _usage(built.asm["cubin"])
+    return Compiled(registers, spills, built.metadata.shared, built.asm["ptx"])
+
+
+def _usage(binary: bytes) -> tuple[int, int]:
+    """(registers, bytes of local memory) of a thread, which Triton itself only learns from a driver."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(binary)
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def variants() -> Iterator[tuple[str, Variant]]:
+    """(module, variant) of every kernel module, in the order of the modules' names."""
+    package = importlib.import_module(__package__)
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{__package__}.{info.name}")
+        if hasattr(module, "aot"):
+            yield from ((info.name, variant) for variant in module.aot())
+
+
+def _main(capabilities: list[int]) -> None:
+    for module, variant in variants():
+        for capability in capabilities:
+            built = dataclasses.asdict(compile_variant(variant, capability))
+            del built["ptx"]
+            named = {"module": module, "kernel": variant.kernel.__name__, "label": variant.label}
+            print(json.dumps({**named, "capability": capability, "hot": variant.hot, **built}), flush=True)
+
+
+if __name__ == "__main__":
+    _main([int(word) for word in sys.argv[1:]] or [80, 90])
