@@ -22,15 +22,15 @@ struct NoiseAddress {
 
 constexpr int kTileChunks = 16;  // chunks of one tensor that one thread block takes
 
-// The tensors of a step, in device memory. The CUDA counterpart of a StepTensor is a row of each array.
+// The tensors of a step, in device memory: a StepTensor is a row of the first four arrays.
 struct StepTable {
-  const int64_t*
-      pointers;  // [tensors][4]: addresses of param, grad, momentum, square; 0 where StepTensor has null
+  // [tensors][4]: addresses of param, grad, momentum, square; 0 where StepTensor has null.
+  const int64_t* pointers;
   const int64_t* numel;        // [tensors]
   const int64_t* first_chunk;  // [tensors]: of its noise
   const StepRule* rules;       // [tensors]
-  const int32_t*
-      tiles;  // [tile_count][2]: a tensor, and a multiple of kTileChunks: the tile's first chunk in it
+  // [tile_count][2]: a tensor, and the tile's first chunk within it, a multiple of kTileChunks.
+  const int32_t* tiles;
   int64_t tile_count;
 };
 
