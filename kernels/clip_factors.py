@@ -60,10 +60,7 @@ def _clip_factors(
             full = tl.where(limit < n, limit / tl.where(limit < n, n, 1.0), 1.0)
             c = tl.where(weight < full, weight, full)
         else:
-            if KIND == "psac":
-                full = limit / (n + stability / (n + stability))
-            else:
-                full = limit / (n + stability)
+            full = limit / (n + stability / (n + stability)) if KIND == "psac" else limit / (n + stability)
             c = weight * full
         length += full * n * (full * n)
         factor = (c * unit / denominator).to(tl.float32)

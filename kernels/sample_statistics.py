@@ -58,48 +58,39 @@ def _sample_statistics(
             total += sqnorm
             live = live & (sqnorm >= 0.0) & (sqnorm < float("inf"))
         value = tl.zeros([BLOCK], tl.float64)
-        if below is not None:
-            if which < below_end:
-                own = tl.load(sqnorms + which.to(tl.int64) * rows + row, mask=live, other=0.0)
-                reached = tl.sqrt(own) * unit <= tl.load(thresholds + which)
-                value = tl.where(reached, 0.5, -0.5).to(tl.float64)
-        if histogram is not None:
-            if (which >= below_end) & (which < bins_end):
-                bin = which - below_end
-                norm = tl.sqrt(total) * unit
-                # The first and the last bin are open.
-                lower = tl.load(edges + bin - 1, mask=bin > 0, other=float("-inf"))
-                upper = tl.load(edges + bin, mask=bin < bins - 1, other=float("inf"))
-                value = ((norm > lower) & (norm <= upper)).to(tl.float64)
-        if labels is not None:
-            if which >= bins_end:
-                label = tl.load(labels + row, mask=live, other=-1)
-                known = live & (label >= 0) & (label < classes)
-                group = tl.load(table + label, mask=known, other=-1)
-                if group_sums is not None:
-                    if which < sums_end:
-                        member = known & (group == which - bins_end)
-                        value = tl.load(shares + row, mask=member, other=0.0)
-                if group_counts is not None:
-                    if which >= sums_end:
-                        value = (known & (group == which - sums_end)).to(tl.float64)
+        if below is not None and which < below_end:
+            own = tl.load(sqnorms + which.to(tl.int64) * rows + row, mask=live, other=0.0)
+            reached = tl.sqrt(own) * unit <= tl.load(thresholds + which)
+            value = tl.where(reached, 0.5, -0.5).to(tl.float64)
+        if histogram is not None and (which >= below_end) & (which < bins_end):
+            bin = which - below_end
+            norm = tl.sqrt(total) * unit
+            # The first and the last bin are open.
+            lower = tl.load(edges + bin - 1, mask=bin > 0, other=float("-inf"))
+            upper = tl.load(edges + bin, mask=bin < bins - 1, other=float("inf"))
+            value = ((norm > lower) & (norm <= upper)).to(tl.float64)
+        if labels is not None and which >= bins_end:
+            label = tl.load(labels + row, mask=live, other=-1)
+            known = live & (label >= 0) & (label < classes)
+            group = tl.load(table + label, mask=known, other=-1)
+            if group_sums is not None and which < sums_end:
+                member = known & (group == which - bins_end)
+                value = tl.load(shares + row, mask=member, other=0.0)
+            if group_counts is not None and which >= sums_end:
+                value = (known & (group == which - sums_end)).to(tl.float64)
         acc += tl.where(live, value, 0.0)
     added = tl.sum(acc, 0)
-    if below is not None:
-        if which < below_end:
-            tl.store(below + which, tl.load(below + which) + added)
-    if histogram is not None:
-        if (which >= below_end) & (which < bins_end):
-            at = histogram + which - below_end
-            tl.store(at, tl.load(at) + added)
-    if group_sums is not None:
-        if (which >= bins_end) & (which < sums_end):
-            at = group_sums + which - bins_end
-            tl.store(at, tl.load(at) + added)
-    if group_counts is not None:
-        if which >= sums_end:
-            at = group_counts + which - sums_end
-            tl.store(at, tl.load(at) + added)
+    if below is not None and which < below_end:
+        tl.store(below + which, tl.load(below + which) + added)
+    if histogram is not None and (which >= below_end) & (which < bins_end):
+        at = histogram + which - below_end
+        tl.store(at, tl.load(at) + added)
+    if group_sums is not None and (which >= bins_end) & (which < sums_end):
+        at = group_sums + which - bins_end
+        tl.store(at, tl.load(at) + added)
+    if group_counts is not None and which >= sums_end:
+        at = group_counts + which - sums_end
+        tl.store(at, tl.load(at) + added)
 
 
 def sample_statistics(
