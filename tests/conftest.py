@@ -4,6 +4,7 @@ Triton reads TRITON_INTERPRET when it is imported and whenever a kernel is defin
 anything that imports triton.
 """
 
+import functools
 import importlib.util
 import os
 
@@ -35,12 +36,38 @@ def simd_level(request):
         yield request.param
 
 
+@functools.cache
+def _mend_interpreter():
+    """Let loops have run-time bounds in the interpreter of Triton 3.6 with NumPy 2.4 (triton-lang/triton#9171)."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def mended(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = mended
+
+
 @pytest.fixture
 def gpu_or_interpreter():
-    """The device that Triton kernels run on: the GPU, or without one the CPU, in Triton's interpreter."""
+    """The device that Triton kernels run on: the GPU, or without one the CPU, in Triton's interpreter.
+
+    While the test runs torch.empty and its kin give tensors full of NaN: what a kernel does not write shows.
+    """
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        _mend_interpreter()
+    on = torch.are_deterministic_algorithms_enabled()
+    warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.use_deterministic_algorithms(on, warn_only=warn)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 @pytest.fixture
