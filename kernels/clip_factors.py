@@ -39,10 +39,12 @@ def _clip_factors(
     live = inside & (row < samples)
     total = tl.zeros([BLOCK], tl.float64)
     bound = tl.sum(tl.zeros([BLOCK], tl.float64), 0)
+    at = sqnorms + row
     for k in range(0, groups):
         threshold = tl.load(thresholds + k)
         bound += threshold * threshold
-        sqnorm = tl.load(sqnorms + k.to(tl.int64) * rows + row, mask=inside, other=0.0)
+        sqnorm = tl.load(at, mask=inside, other=0.0)
+        at += rows
         total += sqnorm
         live = live & (sqnorm >= 0.0) & (sqnorm < float("inf"))
     if weights is not None:
@@ -51,9 +53,10 @@ def _clip_factors(
     else:
         weight = tl.full([BLOCK], 1.0, tl.float64)
     length = tl.zeros([BLOCK], tl.float64)
+    at, factor_at = sqnorms + row, factors + row
     for k in range(0, groups):
         limit = tl.load(thresholds + k) * slack
-        sqnorm = tl.load(sqnorms + k.to(tl.int64) * rows + row, mask=live, other=0.0)
+        sqnorm = tl.load(at, mask=live, other=0.0)
         n = tl.sqrt(sqnorm) * unit
         # Written so that n = 0 gives 1 for a threshold and a finite number for the others.
         if KIND == "threshold":
@@ -66,7 +69,9 @@ def _clip_factors(
         factor = (c * unit / denominator).to(tl.float32)
         # A denormal factor has lost the digits that made it safe.
         factor = tl.where(live & (factor >= 2.0**-100), factor, 0.0)
-        tl.store(factors + k.to(tl.int64) * rows + row, factor, mask=inside)
+        tl.store(factor_at, factor, mask=inside)
+        at += rows
+        factor_at += rows
     tl.store(norms + row, tl.sqrt(total) * unit, mask=inside)
     share = tl.sqrt(length / bound)
     share = tl.where(share < 1.0, share, 1.0)

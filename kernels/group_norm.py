@@ -120,17 +120,17 @@ def group_norm_backward(
     other. Bits depend on the sample and the shape of one alone.
     """
     b, c = x.shape[:2]
-    flat_x, flat_g = x.flatten(2), g.flatten(2)
+    if not any(x.is_contiguous(memory_format=f) for f in _formats(x)):
+        x = x.contiguous()
+    dx = torch.empty_like(x)
+    flat_g, flat_x, flat_dx = (t.flatten(2) if t.dim() > 2 else t.unsqueeze(2) for t in (g, x, dx))
     plane = flat_x.shape[2]
-    dx = torch.empty_like(flat_x)
-    if dx.stride() != flat_x.stride():  # overlapping or with gaps: neither of the two layouts
-        flat_x, dx = flat_x.contiguous(), dx.contiguous()
     dgamma, dbeta = (x.new_empty(b, c, dtype=torch.float32) for _ in range(2))
     if b == 0 or c == 0 or plane == 0:
-        return dx.view(x.shape), dgamma.zero_(), dbeta.zero_()
+        return dx, dgamma.zero_(), dbeta.zero_()
     packed, lanes, positions, warps = _tiling(c // groups, groups, plane, flat_x.stride(2) == 1)
     _group_norm_backward[(b * triton.cdiv(groups, packed),)](
-        *(flat_g, flat_x, mean, rstd, weight, dx, dgamma, dbeta),
+        *(flat_g, flat_x, mean, rstd, weight, flat_dx, dgamma, dbeta),
         *(c, plane, groups, c // groups, *flat_g.stride(), *flat_x.stride()),
         GROUPS=packed,
         CHANNELS=lanes,
@@ -138,7 +138,13 @@ def group_norm_backward(
         STEPS=_STEPS,
         num_warps=warps,
     )
-    return dx.view(x.shape), dgamma, dbeta
+    return dx, dgamma, dbeta
+
+
+def _formats(x: Tensor) -> list[torch.memory_format]:
+    """Layouts in which the positions of x lie at even distances."""
+    last = {4: [torch.channels_last], 5: [torch.channels_last_3d]}
+    return [torch.contiguous_format, *last.get(x.dim(), [])]
 
 
 def _tiling(members: int, groups: int, plane: int, by_channel: bool) -> tuple[int, int, int, int]:

@@ -14,6 +14,7 @@ __all__ = ["row_sqnorms"]
 # What one block reads of a row. A constant, so that a row's bits depend on its length alone, and small enough
 # for a few long rows to keep a GPU busy.
 _SEGMENT = 16384
+_BLOCK = 1024
 
 # See `row_sqnorms`: what a sum is multiplied by to be an upper bound.
 _GROWTH = 1 + 2.0**-30
@@ -62,7 +63,7 @@ def row_sqnorms(x: Tensor) -> Tensor:
         return x.new_zeros(rows, dtype=torch.float64)
     segments = triton.cdiv(width, _SEGMENT)
     parts = x.new_empty(rows * segments, dtype=torch.float64)
-    block = min(1024, triton.next_power_of_2(width))
+    block = min(_BLOCK, triton.next_power_of_2(width))
     _segment_sqnorms[(rows * segments,)](
         *(x, parts, width, x.stride(0), segments),
         SEGMENT=_SEGMENT,
@@ -73,7 +74,7 @@ def row_sqnorms(x: Tensor) -> Tensor:
     if segments == 1:
         return parts
     out = x.new_empty(rows, dtype=torch.float64)
-    block = min(1024, triton.next_power_of_2(segments))
+    block = min(_BLOCK, triton.next_power_of_2(segments))
     _add_segments[(rows,)](parts, out, segments, BLOCK=block, GROWTH=_GROWTH, num_warps=_warps(block))
     return out
 
@@ -86,9 +87,9 @@ def aot() -> list[Variant]:
     made = []
     for dtype in ("fp32", "bf16", "fp16"):
         signature = {"x": f"*{dtype}", "out": "*fp64", "width": "i32", "stride": "i32", "segments": "i32"}
-        for block in (64, 1024):
+        for block in (64, _BLOCK):
             constants = {"SEGMENT": _SEGMENT, "BLOCK": block, "GROWTH": _GROWTH}
-            aligned = ("width", "stride") if block == 1024 else ()
+            aligned = ("width", "stride") if block == _BLOCK else ()
             label = f"{dtype}, {block}"
             made.append(
                 Variant(_segment_sqnorms, signature, constants, _warps(block), label=label, divisible=aligned)

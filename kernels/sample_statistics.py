@@ -53,8 +53,10 @@ def _sample_statistics(
         inside = (row < rows) & (row < samples)
         live = inside
         total = tl.zeros([BLOCK], tl.float64)
-        for k in range(0, groups):
-            sqnorm = tl.load(sqnorms + k.to(tl.int64) * rows + row, mask=inside, other=0.0)
+        at = sqnorms + row
+        for _ in range(0, groups):
+            sqnorm = tl.load(at, mask=inside, other=0.0)
+            at += rows
             total += sqnorm
             live = live & (sqnorm >= 0.0) & (sqnorm < float("inf"))
         value = tl.zeros([BLOCK], tl.float64)
@@ -83,14 +85,14 @@ def _sample_statistics(
     if below is not None and which < below_end:
         tl.store(below + which, tl.load(below + which) + added)
     if histogram is not None and (which >= below_end) & (which < bins_end):
-        at = histogram + which - below_end
-        tl.store(at, tl.load(at) + added)
+        bin_at = histogram + which - below_end
+        tl.store(bin_at, tl.load(bin_at) + added)
     if group_sums is not None and (which >= bins_end) & (which < sums_end):
-        at = group_sums + which - bins_end
-        tl.store(at, tl.load(at) + added)
+        sum_at = group_sums + which - bins_end
+        tl.store(sum_at, tl.load(sum_at) + added)
     if group_counts is not None and which >= sums_end:
-        at = group_counts + which - sums_end
-        tl.store(at, tl.load(at) + added)
+        count_at = group_counts + which - sums_end
+        tl.store(count_at, tl.load(count_at) + added)
 
 
 def sample_statistics(

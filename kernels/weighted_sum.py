@@ -38,8 +38,10 @@ def _sum_rows(x, factors, out, rows, width, stride, span, ROWS: tl.constexpr, CO
 def _add_pieces(parts, out, pieces, width, COLUMNS: tl.constexpr):
     columns = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     acc = tl.zeros([COLUMNS], tl.float64)
-    for piece in range(0, pieces):
-        acc += tl.load(parts + piece.to(tl.int64) * width + columns, mask=columns < width, other=0.0)
+    at = parts + columns
+    for _ in range(0, pieces):
+        acc += tl.load(at, mask=columns < width, other=0.0)
+        at += width
     tl.store(out + columns, acc, mask=columns < width)
 
 
