@@ -114,21 +114,17 @@ def clip_factors(
 
 def aot() -> list[Variant]:
     made = []
-    for kind in ("threshold", "normalized", "psac"):
-        for on_device in (False, True):
-            doubles = ("sqnorms", "thresholds", "weights", "norms", "shares")
-            signature = {
-                **dict.fromkeys(doubles, "*fp64"),
-                "factors": "*fp32",
-                "groups": "i32",
-                "rows": "i32",
-                "real": "*i64" if on_device else "i32",
-                **dict.fromkeys(("stability", "slack", "unit", "denominator"), "fp64"),
-            }
-            constants = {"KIND": kind, "REAL_ON_DEVICE": on_device, "BLOCK": _BLOCK}
-            if on_device:  # and without weights
-                del signature["weights"]
-                constants["weights"] = None
-            label = f"{kind}, real {'on the device' if on_device else 'given'}"
-            made.append(Variant(_clip_factors, signature, constants, label=label))
+    for kind, on_device in (("threshold", True), ("threshold", False), ("normalized", True), ("psac", True)):
+        signature = {
+            **dict.fromkeys(("sqnorms", "thresholds", "weights", "norms", "shares"), "*fp64"),
+            "factors": "*fp32",
+            **{"groups": "i32", "rows": "i32", "real": "*i64" if on_device else "i32"},
+            **dict.fromkeys(("stability", "slack", "unit", "denominator"), "fp64"),
+        }
+        constants = {"KIND": kind, "REAL_ON_DEVICE": on_device, "BLOCK": _BLOCK}
+        if not on_device:  # and without weights
+            del signature["weights"]
+            constants["weights"] = None
+        label = f"{kind}, real {'on the device' if on_device else 'given'}"
+        made.append(Variant(_clip_factors, signature, constants, label=label))
     return made

@@ -165,24 +165,24 @@ def _tiling(members: int, groups: int, plane: int, by_channel: bool) -> tuple[in
 
 
 def aot() -> list[Variant]:
-    made = []
-    for dtype in ("fp32", "bf16", "fp16"):
-        for layout in ("contiguous", "channels_last"):
-            for members, groups, plane in ((4, 16, 1024), (32, 16, 16), (512, 1, 4)):
-                packed, lanes, positions, warps = _tiling(members, groups, plane, layout == "contiguous")
-                inner = "position" if layout == "contiguous" else "channel"
-                sizes = ["channels", "plane", "groups", "members", "g_row", "x_row"]
-                sizes += [f"{t}_{d}" for t in "gx" for d in ("channel", "position") if d != inner]
-                signature = {
-                    **dict.fromkeys(("g", "x", "dx"), f"*{dtype}"),
-                    **dict.fromkeys(("mean", "rstd", "weight", "dgamma", "dbeta"), "*fp32"),
-                    **dict.fromkeys(sizes, "i32"),
-                }
-                constants = {"GROUPS": packed, "CHANNELS": lanes, "POSITIONS": positions, "STEPS": _STEPS}
-                constants |= {f"{t}_{inner}": 1 for t in "gx"}
-                aligned = tuple(n for n in sizes if n not in ("groups", "members", "plane"))
-                label = f"{dtype}, {layout}, {groups} x {members} channels, {plane} positions"
-                made.append(
-                    Variant(_group_norm_backward, signature, constants, warps, label=label, divisible=aligned)
-                )
-    return made
+    sizes = ((4, 16, 1024), (32, 16, 16), (512, 1, 4))
+    cases = [(dtype, *size) for dtype in ("fp32", "bf16") for size in sizes]
+    return [
+        _variant(*case, inner) for case in [*cases, ("fp16", *sizes[0])] for inner in ("position", "channel")
+    ]
+
+
+def _variant(dtype: str, members: int, groups: int, plane: int, inner: str) -> Variant:
+    packed, lanes, positions, warps = _tiling(members, groups, plane, inner == "position")
+    sizes = ["channels", "plane", "groups", "members", "g_row", "x_row"]
+    sizes += [f"{t}_{d}" for t in "gx" for d in ("channel", "position") if d != inner]
+    signature = {
+        **dict.fromkeys(("g", "x", "dx"), f"*{dtype}"),
+        **dict.fromkeys(("mean", "rstd", "weight", "dgamma", "dbeta"), "*fp32"),
+        **dict.fromkeys(sizes, "i32"),
+    }
+    constants = {"GROUPS": packed, "CHANNELS": lanes, "POSITIONS": positions, "STEPS": _STEPS}
+    constants |= {f"{t}_{inner}": 1 for t in "gx"}
+    aligned = tuple(n for n in sizes if n not in ("groups", "members", "plane"))
+    label = f"{dtype}, {groups} x {members} channels, {plane} positions, {inner} innermost"
+    return Variant(_group_norm_backward, signature, constants, warps, label=label, divisible=aligned)
