@@ -13,8 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from adaclip import _core, reference
-from adaclip.backends import check_backend, resolve_backend
+from adaclip.backends import check_backend, implementation
 
 __all__ = ["clip_factors", "follow_quantile", "sample_statistics"]
 
@@ -64,7 +63,7 @@ def clip_factors(
     Raises:
         ValueError: shapes that do not fit, real outside [0, B], an unknown kind, numbers out of range.
     """
-    groups, rows = _check(sqnorms, thresholds, unit, real, backend)
+    rows = _check(sqnorms, thresholds, unit, real, backend)[1]
     if rule.kind not in _KINDS:
         raise ValueError(f"rule.kind must be one of {_KINDS}, got {rule.kind!r}")
     if rule.kind != "threshold" and not 0.0 < rule.stability < math.inf:
@@ -73,21 +72,9 @@ def clip_factors(
     if weights is not None and weights.shape != (rows,):
         raise ValueError(f"weights must be [{rows}], got {tuple(weights.shape)}")
     given = [t for t in (sqnorms, thresholds, weights) if t is not None]
-    if resolve_backend(backend, *given, dtype=torch.float64) == "reference":
-        numbers = {"unit": unit, "denominator": denominator, "real": real, "weights": weights}
-        return reference.clip_factors(sqnorms, thresholds, rule.kind, rule.stability, **numbers)
-    # The names keep the copies alive while the core reads them.
-    sqnorms, thresholds, *given = (t.contiguous() for t in given)
-    factors = sqnorms.new_empty(groups, rows, dtype=torch.float32)
-    norms, shares = sqnorms.new_empty(rows), sqnorms.new_empty(rows)
-    _core.clip_factors(
-        *(t.data_ptr() for t in (sqnorms, thresholds)),
-        given[0].data_ptr() if given else 0,
-        *(groups, rows, real),
-        *(rule.kind, rule.stability, reference.SLACK, unit, denominator),
-        *(t.data_ptr() for t in (factors, norms, shares)),
-    )
-    return factors, norms, shares
+    numbers = {"unit": unit, "denominator": denominator, "real": real, "weights": weights}
+    run = implementation("clip_factors", backend, *given)
+    return run(sqnorms, thresholds, rule.kind, rule.stability, **numbers)
 
 
 @torch.no_grad()
@@ -137,33 +124,19 @@ def sample_statistics(
             )
     outputs = [t for t in (below, histogram, group_sums, group_counts) if t is not None]
     doubles = [t for t in (sqnorms, thresholds, shares, edges, *outputs) if t is not None]
-    if resolve_backend(backend, *doubles, dtype=torch.float64) == "reference":
-        reference.sample_statistics(
-            *(sqnorms, thresholds),
-            unit=unit,
-            real=real,
-            shares=shares,
-            below=below,
-            edges=edges,
-            histogram=histogram,
-            labels=labels,
-            table=table,
-            group_sums=group_sums,
-            group_counts=group_counts,
-        )
-        return
-    sqnorms, thresholds = sqnorms.contiguous(), thresholds.contiguous()
-    inputs = [None if t is None else t.contiguous() for t in (edges, labels, table, shares)]
-    edges_at, labels_at, table_at, shares_at = (0 if t is None else t.data_ptr() for t in inputs)
-    below_at, histogram_at, sums_at, counts_at = (
-        0 if t is None else t.data_ptr() for t in (below, histogram, group_sums, group_counts)
+    implementation("sample_statistics", backend, *doubles)(
+        *(sqnorms, thresholds),
+        unit=unit,
+        real=real,
+        shares=shares,
+        below=below,
+        edges=edges,
+        histogram=histogram,
+        labels=labels,
+        table=table,
+        group_sums=group_sums,
+        group_counts=group_counts,
     )
-    _core.sample_statistics(
-        *(sqnorms.data_ptr(), thresholds.data_ptr(), groups, rows, real, unit),
-        *(below_at, histogram_at, edges_at, 0 if histogram is None else len(histogram)),
-        *(sums_at, counts_at, labels_at, table_at, shares_at),
-    )
-    torch.autograd.graph.increment_version(outputs)
 
 
 @torch.no_grad()
@@ -205,20 +178,12 @@ def follow_quantile(
     _positive("rate", rate)
     if not 0.0 < quantile < 1.0:
         raise ValueError(f"quantile must be in (0, 1), got {quantile!r}")
-    if resolve_backend(backend, thresholds, *tensors.values(), dtype=torch.float64) == "reference":
-        reference.follow_quantile(
-            *(thresholds, run, noisy_below, low, high), denominator, quantile, rate, accelerate
-        )
-        return
     for name, t in (("thresholds", thresholds), ("run", run)):
         if not t.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {t.stride()}")
-    noisy_below, low, high = (t.contiguous() for t in (noisy_below, low, high))
-    _core.follow_quantile(
-        *(t.data_ptr() for t in (thresholds, run, noisy_below, low, high)),
-        *(len(thresholds), denominator, quantile, rate, accelerate),
+    implementation("follow_quantile", backend, thresholds, *tensors.values())(
+        *(thresholds, run, noisy_below, low, high), denominator, quantile, rate, accelerate
     )
-    torch.autograd.graph.increment_version([thresholds, run])
 
 
 def _check(sqnorms: Tensor, thresholds: Tensor, unit: float, real: int, backend: str) -> tuple[int, int]:

@@ -73,6 +73,7 @@ class ClippedSum:
             ),
             expected_batch_size=denominator,
             device=next(iter(parameters())).device,
+            backend=backend,
         )
         self._groups = clipping.bind(setting)
         self._group_of: dict[nn.Parameter, int] = {}
@@ -83,13 +84,13 @@ class ClippedSum:
         if groups is not None:
             groups.bind(setting)
             sides.append(groups)
-        self.statistics = Statistics(sides, setting.device)
+        self.statistics = Statistics(sides, setting.device, backend)
         # The number of the release that this sum is for. Addresses the keystream, so it never goes back.
         self.release = 0
         # Norms [B] of the last backward's samples, before clipping. Private: for debugging only.
         self.sample_norms: Tensor | None = None
         # How many samples were dropped because their gradient was not finite. Private as well.
-        self.non_finite: int | Tensor = 0
+        self.non_finite = torch.zeros((), dtype=torch.int64, device=setting.device)
         self._last_forward = 0
         # Why the sum cannot be used, if the last backward did not come to its end.
         self.broken: str | None = None
@@ -263,7 +264,7 @@ class ClippedSum:
         self._calls |= {use.forward for layer in used for use in layer.slot.uses if use.forward < 0}
         self.begin()
         if rows == 0:
-            self.sample_norms = torch.zeros(0, dtype=torch.float64)
+            self.sample_norms = self.statistics.sums.new_zeros(0)
             return
         parts = self._parts(used)
         if not parts:
@@ -278,7 +279,7 @@ class ClippedSum:
         outputs = self.statistics.outputs()
         weights = None
         if self.groups is not None:
-            outputs["labels"] = labels = self._labels_of(rows).to(device)
+            outputs["labels"] = labels = self._labels_of(rows).to(device, non_blocking=True)
             weights = self.groups.weights(labels, real)
         factors, norms, shares = ops.clip_factors(
             sqnorms,
@@ -295,7 +296,7 @@ class ClippedSum:
                 sqnorms, thresholds, unit=unit, real=real, shares=shares, backend=self._backend, **outputs
             )
         self.sample_norms = norms[:real]
-        self.non_finite = self.non_finite + (~self.sample_norms.isfinite()).sum()
+        self.non_finite += (~self.sample_norms.isfinite()).sum()
         # The largest tensors are released first: the weight gradients take their place.
         parts.sort(key=lambda kp: kp[1].held)
         while parts:

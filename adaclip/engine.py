@@ -122,7 +122,8 @@ class PrivacyEngine:
               stays as it is, `step` and `zero_grad` act on the last one only.
             pad_to: fill physical batches with zero-weight rows to this size ("auto": the largest that
               is usual), so that shapes do not change.
-            backend: "auto", "cpp" or "reference".
+            backend: what computes norms, sums, noise and updates: "auto", "cuda", "triton", "cpp" or
+              "reference" (`adaclip.backends` says which is what).
             loss_reduction: "mean" or "sum", as the criterion does over the rows of the batch. A mean over
               anything else (class weights, ignored targets, only some of the rows) makes one sample's
               gradient depend on the others, and the clipping norm mean something else.
@@ -184,7 +185,7 @@ class PrivacyEngine:
             labels=lambda: loader.labels,
             views=views_per_sample,
         )
-        point = EvaluationPoint.needed(optimizer, smoothing, source)
+        point = EvaluationPoint.needed(optimizer, smoothing, source, backend)
         self._optimizer = DPOptimizer(
             optimizer,
             clipped_sum,
@@ -195,6 +196,7 @@ class PrivacyEngine:
             batch=batch,
             noise_schedule=noise_schedule,
             point=point,
+            backend=backend,
         )
         clipped_sum.reset()
         self._loader, self._module, self.accountant = loader, module, accountant

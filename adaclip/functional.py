@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .backends import load
 from .clipping import check_norm, clip_factors
 from .noise import STREAM_GRADIENT, NoiseSource, address, check_chunks, checked_std, chunks
 
@@ -163,12 +164,11 @@ def _noisy_sum(
     denominator: float,
 ) -> Tensor:
     """One parameter's release; where: step, stream and first chunk of its noise."""
-    if ops.resolve_backend("auto", x) == "cpp":
-        x = x.contiguous()
-        out = x.new_empty(x.shape[1:])
-        source.noisy_sum(x, factors.to(torch.float32), out, *where, std, denominator)
-        return out
     step, stream, first = where
+    backend = ops.resolve_backend("noisy_sum", "auto", x)
+    if backend != "reference":
+        run = load(backend).noisy_sum
+        return run(source.key, step, stream, x, factors.to(x.device), first, std, denominator)
     total = ops.weighted_sum(x, factors.to(x.device))
     noise = source.normal_(torch.empty_like(total), step, stream, std, first)
     return total.add_(noise).div_(denominator).to(x.dtype)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from . import _core
+from .backends import Key, implementation
 
 __all__ = [
     "STREAM_GRADIENT",
@@ -58,7 +59,7 @@ class NoiseSource:
         TypeError: for a key of another type.
         ValueError: for bytes that are not 32 long, or an int out of range.
 
-    The key is never shown by ``repr`` and never leaves the process: pickling and copying raise TypeError, so
+    The key is never shown by ``repr`` and never leaves the process (on a GPU it is in its memory, too): pickling and copying raise TypeError, so
     that it cannot travel in a checkpoint beside the model it protects.
     """
 
@@ -66,7 +67,7 @@ class NoiseSource:
 
     def __init__(self, key: bytes | int | torch.Generator | None = None) -> None:
         self._secure = key is None
-        self._key = _key_bytes(key)
+        self._key = Key(_key_bytes(key))
 
     @property
     def secure(self) -> bool:
@@ -75,7 +76,7 @@ class NoiseSource:
 
     def same_key(self, other: NoiseSource) -> bool:
         """Whether both draw the same numbers."""
-        return secrets.compare_digest(self._key, other._key)
+        return secrets.compare_digest(self._key.host, other._key.host)
 
     def __repr__(self) -> str:
         return f"NoiseSource(<{'secret' if self._secure else 'given'} key>)"
@@ -86,28 +87,36 @@ class NoiseSource:
             "make a new one after loading"
         )
 
+    @property
+    def key(self) -> Key:
+        """For the operations of `adaclip.backends`."""
+        return self._key
+
     @torch.no_grad()
     def normal_(
         self,
         tensor: torch.Tensor,
-        step: int,
+        step: int | torch.Tensor,
         stream: int = STREAM_GRADIENT,
         std: float | torch.Tensor = 1.0,
         first_chunk: int = 0,
         add: bool = False,
+        backend: str = "auto",
     ) -> torch.Tensor:
         """Fills a tensor with independent N(0, std^2), or adds them to it, in place.
 
         Args:
             tensor: any shape, float32 or another floating dtype, any strides, any device. Noise is made in
-                float32 on the CPU. Another dtype receives it in its own precision, at least float32.
-            step: 0 to 2^64 - 1.
+                float32, where the tensor is. Another dtype receives it in its own precision, at least float32.
+            step: 0 to 2^64 - 1. On a GPU it may be an int64 tensor [1] there, whose bits are read as unsigned when
+                the noise is made; a CUDA graph can only be captured with one.
             stream: 0 to 2^32 - 1.
             std: standard deviation, at least 0. It is rounded up to a float32, never down. A 0-dim tensor on an
                 accelerator is not read back, so it is not checked either.
             first_chunk: where in the stream to begin, in chunks of 160 normals. A tensor takes
                 ``chunks(tensor.numel())`` of them, a new one for its first element.
             add: add to the tensor instead of overwriting it.
+            backend: what makes the noise (`adaclip.backends`); all give the same bits.
 
         Returns:
             The tensor.
@@ -127,49 +136,19 @@ class NoiseSource:
         if not on_device and std == 0.0:
             return tensor if add else tensor.zero_()
         flat = is_flat(tensor)
-        if flat and not on_device and tensor.dtype == torch.float32 and tensor.device.type == "cpu":
-            self.fill(tensor, step, stream, std, first_chunk, add)
+        near = not on_device or std.device == tensor.device
+        if flat and near and tensor.dtype == torch.float32:
+            block = tensor.as_strided((tensor.numel(),), (1,))
+            run = implementation("normal_fill", backend, block)
+            run(self._key, step, stream, block, std, first_chunk, add)
             torch.autograd.graph.increment_version(tensor)
             return tensor
-        noise = torch.empty(tensor.numel(), dtype=torch.float32, device="cpu")
-        self.fill(noise, step, stream, 1.0, first_chunk, False)
+        noise = torch.empty(tensor.numel(), dtype=torch.float32, device=tensor.device)
+        implementation("normal_fill", backend, noise)(self._key, step, stream, noise, 1.0, first_chunk, False)
         noise = noise.as_strided(tensor.shape, tensor.stride()) if flat else noise.view(tensor.shape)
         wide = torch.promote_types(tensor.dtype, torch.float32)
         noise = noise.to(tensor.device, wide) * (std.to(tensor.device, wide) if on_device else std)
         return tensor.copy_(tensor.to(wide) + noise if add else noise)
-
-    def fill(
-        self, out: torch.Tensor, step: int, stream: int, std: float, first_chunk: int, add: bool
-    ) -> None:
-        """normal_ without its checks, for one block of float32 in the CPU's memory."""
-        threads = torch.get_num_threads()
-        _core.normal_fill(
-            self._key, step, stream, first_chunk, out.data_ptr(), out.numel(), std, add, threads
-        )
-
-    def noisy_step(self, tensors: list[tuple], step: int, stream: int) -> None:
-        """The fused update of adaclip.update, which checks: core/noisy_step.h says what a tuple holds."""
-        _core.noisy_step(self._key, step, stream, tensors, torch.get_num_threads())
-
-    def perturb(self, tensors: list[tuple], step: int, stream: int, draw: bool, sign: float) -> None:
-        """Moved parameters for adaclip.smoothing, which checks: core/perturb.h says what a tuple holds."""
-        _core.perturb(self._key, step, stream, tensors, draw, sign, torch.get_num_threads())
-
-    def noisy_sum(
-        self,
-        x: torch.Tensor,
-        factors: torch.Tensor,
-        out: torch.Tensor,
-        step: int,
-        stream: int,
-        first_chunk: int,
-        std: float,
-        denominator: float,
-    ) -> None:
-        """out = (sum_b factors_b x_b + std z) / denominator in one pass, for adaclip.functional, which checks."""
-        threads, rows, width = torch.get_num_threads(), x.shape[0], out.numel()
-        at = x.data_ptr(), factors.data_ptr(), rows, width, out.data_ptr()
-        _core.noisy_sum(self._key, step, stream, *at, first_chunk, std, denominator, threads)
 
     def bernoulli(self, n: int, q: float, step: int, stream: int = STREAM_SAMPLER) -> np.ndarray:
         """Takes each of n examples independently with probability q (Poisson sampling).
@@ -191,7 +170,7 @@ class NoiseSource:
         if not 0.0 <= q <= 1.0:
             raise ValueError(f"q must be in [0, 1], got {q!r}")
         step, stream = address(step, stream)
-        return _core.bernoulli(self._key, step, stream, int(n), float(q), torch.get_num_threads())
+        return _core.bernoulli(self._key.host, step, stream, int(n), float(q), torch.get_num_threads())
 
     def generator(self, step: int, stream: int) -> torch.Generator:
         """A CPU generator for one address, for code that draws its numbers from a ``torch.Generator``.
@@ -207,7 +186,7 @@ class NoiseSource:
             RuntimeError: this torch keeps the state of its generator in another form.
         """
         step, stream = address(step, stream)
-        blocks = [_core.chacha20_block(self._key, i, step, stream) for i in range(_TWISTER_WORDS // 16)]
+        blocks = [_core.chacha20_block(self._key.host, i, step, stream) for i in range(_TWISTER_WORDS // 16)]
         generator = torch.Generator().manual_seed(_TWISTER_WORDS)
         state = generator.get_state().numpy().copy().view(np.uint64)
         # The seed, flags, the position, then the words, the first of which is the seed.
@@ -239,11 +218,15 @@ def _key_bytes(key: bytes | int | torch.Generator | None) -> bytes:
     raise TypeError(f"key must be None, 32 bytes, an int or a torch.Generator, got {type(key).__name__}")
 
 
-def address(step: int, stream: int) -> tuple[int, int]:
-    for name, value, bits in (("step", step, 64), ("stream", stream, 32)):
+def address(step: int | torch.Tensor, stream: int) -> tuple[int | torch.Tensor, int]:
+    on_device = isinstance(step, torch.Tensor)
+    if on_device and (step.device.type == "cpu" or step.dtype != torch.int64 or step.shape != (1,)):
+        raise ValueError(f"step must be an int, or int64 [1] on a GPU, got {step.dtype} {list(step.shape)}")
+    numbers = [("stream", stream, 32)] if on_device else [("step", step, 64), ("stream", stream, 32)]
+    for name, value, bits in numbers:
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < 1 << bits:
             raise ValueError(f"{name} must be an int in [0, 2^{bits}), got {value!r}")
-    return int(step), int(stream)
+    return step if on_device else int(step), int(stream)
 
 
 def chunks(numel: int) -> int:

@@ -53,6 +53,7 @@ class DPOptimizer(torch.optim.Optimizer):
         batch: Callable[[], BatchInfo | None],
         noise_schedule: Schedule | None = None,
         point: EvaluationPoint | None = None,
+        backend: str = "auto",
     ):
         # Not super().__init__(): the groups and the state are the wrapped optimizer's, not new ones.
         self.original_optimizer = optimizer
@@ -61,6 +62,7 @@ class DPOptimizer(torch.optim.Optimizer):
         self._book = book
         self._batch = batch
         self._point = point
+        self._backend = backend
         self._noise_schedule = noise_schedule
         self._base_noise = noise_multiplier
         if noise_schedule is not None:
@@ -234,7 +236,15 @@ class DPOptimizer(torch.optim.Optimizer):
         self.releases += 1
         params = self.trained()
         stds = self._stds(params)
-        noisy_update(self.original_optimizer, params, stds, self._source, step, stream=STREAM_GRADIENT)
+        noisy_update(
+            self.original_optimizer,
+            params,
+            stds,
+            self._source,
+            step,
+            stream=STREAM_GRADIENT,
+            backend=self._backend,
+        )
         if self._point is not None:
             self._point.observe(stds)
         self._sum.statistics.release(self._source, step)

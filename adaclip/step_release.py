@@ -106,7 +106,8 @@ class Statistics:
     sum it is added up over a logical batch, and what several processes have may be added.
     """
 
-    def __init__(self, parts: Iterable[SideRelease], device: torch.device):
+    def __init__(self, parts: Iterable[SideRelease], device: torch.device, backend: str = "auto"):
+        self._backend = backend
         self.parts = list(parts)
         # (contribution norm, noise standard deviation) of every part, for `gradient_sigma`. Taken now, as the noise is:
         # what a part says later of its sigma changes neither.
@@ -149,7 +150,7 @@ class Statistics:
         if not self.parts:
             return
         noise = torch.empty_like(self.sums)
-        source.normal_(noise, t, STREAM_STATISTICS)
+        source.normal_(noise, t, STREAM_STATISTICS, backend=self._backend)
         noisy = noise.mul_(self._stds).add_(self.sums).div_(self._grid).round_().mul_(self._grid)
         for part, released in zip(self.parts, noisy.split([part.width for part in self.parts]), strict=True):
             part.absorb(released, t)

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .noise import STREAM_GRADIENT, NoiseSource, address, check_chunks, checked_std, chunks, is_flat
+from .backends import load, resolve_backend
+from .noise import (
+    STREAM_GRADIENT,
+    NoiseSource,
+    address,
+    check_chunks,
+    checked_std,
+    chunks,
+    is_flat,
+    rounded_up,
+)
 from .smoothing.disk import DiSK
 from .smoothing.nadam import DPAdamBC, NoiseCorrectedNadam
-from .step_rule import StepRule, StepState
+from .step_rule import FusedStep, StepRule, StepState
 
 __all__ = ["noisy_update"]
 
@@ -21,9 +33,10 @@ def noisy_update(
     params: Iterable[Tensor],
     stds: Iterable[float] | Tensor,
     source: NoiseSource,
-    step: int,
+    step: int | Tensor,
     *,
     stream: int = STREAM_GRADIENT,
+    backend: str = "auto",
 ) -> None:
     """Adds N(0, std^2) to each parameter's gradient and lets the optimizer take one step.
 
@@ -36,8 +49,10 @@ def noisy_update(
             [len(params)] on another device than the CPU is used there without being read: it must be of a floating
             dtype, and the caller answers for its values.
         source: the key.
-        step: the number of this release, 0 to 2^64 - 1. Never use one twice with the same key and stream.
+        step: the number of this release, 0 to 2^64 - 1. Never use one twice with the same key and stream. On a GPU it
+            may be an int64 tensor [1] there (`NoiseSource.normal_`).
         stream: 0 to 2^32 - 1.
+        backend: what makes the noise and updates the parameters (`adaclip.backends`).
 
     Raises:
         ValueError: for a parameter that the optimizer does not hold, a repeated one, a sparse gradient, stds
@@ -48,19 +63,25 @@ def noisy_update(
     in ``optimizer.state`` under torch's own keys, so checkpoints are torch's and a plain ``optimizer.step()``
     could go on from them. With stds of 0 the result is ``optimizer.step()``'s, up to rounding.
 
-    For exactly SGD, Adam, AdamW, NAdam and the optimizers of adaclip.smoothing on float32 CPU tensors that fill one
-    block of memory each, with equally strided gradients and plain options, everything is one pass and ``p.grad`` is
-    only read. All else (amsgrad, capturable, differentiable, tensor options, step hooks, other dtypes, devices or
-    optimizers) adds the noise to ``p.grad`` and calls ``optimizer.step()``, after ``optimizer.note_noise(params,
+    For exactly SGD, Adam, AdamW, NAdam and the optimizers of adaclip.smoothing on float32 tensors, all on the CPU or all
+    on one GPU that adaclip has kernels for, that fill one block of memory each, with equally strided gradients and
+    plain options, everything is one pass and ``p.grad`` is only read. On a GPU no value is read back. All else
+    (amsgrad, capturable, differentiable, tensor options, step hooks, other dtypes, devices or optimizers) adds the noise to ``p.grad`` and calls ``optimizer.step()``, after ``optimizer.note_noise(params,
     stds)`` where the optimizer has that method.
     """
     params, stds = list(params), _checked_stds(stds)
     step, stream = address(step, stream)
     _check(optimizer, params, stds)
-    if isinstance(stds, list) and _fusable(optimizer, params):
-        _fused_update(optimizer, params, stds, source, step, stream)
+    near = isinstance(stds, list) or all(p.device == stds.device for p in params)
+    if near and _fusable(optimizer, params, backend):
+        fused, touched = _fused_step(optimizer, params, stds)
+        run = load(_backend_of(fused.tensors, backend)).noisy_step
+        run(source.key, step, stream, fused)
+        torch.autograd.graph.increment_version(touched)
+        # What a learning-rate scheduler looks for, to warn when it runs before the optimizer.
+        optimizer._opt_called = True
     else:
-        _generic_update(optimizer, params, stds, source, step, stream)
+        _generic_update(optimizer, params, stds, source, step, stream, backend)
 
 
 Stds = list[float] | Tensor
@@ -115,8 +136,9 @@ def _generic_update(
     params: list[Tensor],
     stds: Stds,
     source: NoiseSource,
-    step: int,
+    step: int | Tensor,
     stream: int,
+    backend: str,
 ) -> None:
     updated = {id(p) for p in params}
     others = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in updated]
@@ -128,7 +150,7 @@ def _generic_update(
         for p in absent:
             p.grad = torch.zeros_like(p)
         for (first, p), std in zip(_with_first_chunk(params), stds, strict=True):
-            source.normal_(p.grad, step, stream, std, first, add=True)
+            source.normal_(p.grad, step, stream, std, first, add=True, backend=backend)
         if hasattr(optimizer, "note_noise"):
             optimizer.note_noise(params, stds)
         optimizer.step()
@@ -142,7 +164,7 @@ def _generic_update(
 # --- in one pass
 
 
-def _fusable(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> bool:
+def _fusable(optimizer: torch.optim.Optimizer, params: list[Tensor], backend: str = "auto") -> bool:
     # The exact type: a subclass may do anything in its step.
     if type(optimizer) not in _RULES:
         return False
@@ -160,17 +182,19 @@ def _fusable(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> bool:
         options = (group["lr"], group["weight_decay"], group.get("momentum"), *group.get("betas", ()))
         if any(isinstance(option, Tensor) for option in options):
             return False
-    return all(is_flat(p) and _grad_and_state_match(optimizer, p) for p in params)
+    if not all(is_flat(p) and _grad_and_state_match(optimizer, p) for p in params):
+        return False
+    return _backend_of([(p,) for p in params], backend) != "reference"
 
 
 def _grad_and_state_match(optimizer: torch.optim.Optimizer, p: Tensor) -> bool:
     state = optimizer.state.get(p, {})
-    shape, stride = p.shape, p.stride()
+    device, shape, stride = p.device, p.shape, p.stride()
     beside = (p, p.grad, *(state.get(name) for name in ("momentum_buffer", "exp_avg", "exp_avg_sq")))
     return all(
         type(t) in (Tensor, torch.nn.Parameter)
         and t.dtype == torch.float32
-        and t.device.type == "cpu"
+        and t.device == device
         and t.shape == shape
         and t.stride() == stride
         for t in beside
@@ -178,30 +202,58 @@ def _grad_and_state_match(optimizer: torch.optim.Optimizer, p: Tensor) -> bool:
     )
 
 
-def _fused_update(
-    optimizer: torch.optim.Optimizer,
-    params: list[Tensor],
-    stds: list[float],
-    source: NoiseSource,
-    step: int,
-    stream: int,
-) -> None:
+def _backend_of(tensors: Sequence[tuple[Tensor | None, ...]], backend: str) -> str:
+    """What updates these, the parameters first; float32 as they are. The reference has no fused update."""
+    params = [row[0] for row in tensors]
+    if len({p.device for p in params}) > 1:
+        return "reference"
+    return resolve_backend("noisy_step", backend, *params)
+
+
+# What backends keep about an optimizer's parameters from step to step.
+_caches: weakref.WeakKeyDictionary[torch.optim.Optimizer, dict[str, Any]] = weakref.WeakKeyDictionary()
+
+
+def _fused_step(
+    optimizer: torch.optim.Optimizer, params: list[Tensor], stds: Stds
+) -> tuple[FusedStep, list[Tensor]]:
+    """Begins every parameter's step; returns what is to be done, and the tensors that it changes."""
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     begin = _RULES[type(optimizer)]
-    steps, changed = [], []
-    for (first, p), std in zip(_with_first_chunk(params), stds, strict=True):
-        momentum, square, rule = begin(optimizer, groups[id(p)], p, std)
-        touched = [t for t in (p, momentum, square) if t is not None]
-        pointers = [0 if t is None else t.data_ptr() for t in (p, p.grad, momentum, square)]
-        steps.append((*pointers, p.numel(), first, (std, *rule)))
-        changed += touched
-    source.noisy_step(steps, step, stream)
-    torch.autograd.graph.increment_version(changed)
-    # What a learning-rate scheduler looks for, to warn when it runs before the optimizer.
-    optimizer._opt_called = True
+    known = stds if isinstance(stds, list) else [None] * len(params)
+    tensors, firsts, rules, terms, touched = [], [], [], [], []
+    for (first, p), std in zip(_with_first_chunk(params), known, strict=True):
+        momentum, square, rule, noise = begin(optimizer, groups[id(p)], p, std)
+        tensors.append((p, p.grad, momentum, square))
+        firsts.append(first)
+        rules.append((0.0 if std is None else std, *rule))
+        terms.append(noise)
+        touched += [t for t in (p, momentum, square) if t is not None]
+    fused = FusedStep(tensors, firsts, rules, cache=_caches.setdefault(optimizer, {}))
+    if not isinstance(stds, list):
+        fused.stds = rounded_up(stds)
+        if any(noise is not None for noise in terms):
+            fused.terms, fused.averages = terms, _averages(optimizer, params)
+    return fused, touched
 
 
-def _sgd(optimizer: torch.optim.Optimizer, group: dict, p: Tensor, std: float) -> StepState:
+def _averages(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> Tensor:
+    """float64 [P]: the parameters' `noise_sq` in one block of memory, so that one operation moves them all."""
+    averages: list[Tensor] = [optimizer.state[p]["noise_sq"] for p in params]
+    size, start = averages[0].element_size(), averages[0].data_ptr()
+    together = averages[0]._base
+    if (
+        together is None
+        or len(together) != len(params)
+        or any(t._base is not together or t.data_ptr() != start + i * size for i, t in enumerate(averages))
+    ):
+        together = torch.stack([t.to(params[0].device) for t in averages])
+        for p, mine in zip(params, together.unbind(), strict=True):
+            optimizer.state[p]["noise_sq"] = mine
+    return together
+
+
+def _sgd(optimizer: torch.optim.Optimizer, group: dict, p: Tensor, std: float | None) -> StepState:
     sign = -1.0 if group["maximize"] else 1.0
     lr, mu, l2 = group["lr"], group["momentum"], group["weight_decay"]
     if mu == 0:
@@ -217,7 +269,7 @@ def _sgd(optimizer: torch.optim.Optimizer, group: dict, p: Tensor, std: float) -
     return StepState(momentum, None, rule)
 
 
-def _adaptive(optimizer: torch.optim.Optimizer, group: dict, p: Tensor, std: float) -> StepState:
+def _adaptive(optimizer: torch.optim.Optimizer, group: dict, p: Tensor, std: float | None) -> StepState:
     nadam = isinstance(optimizer, torch.optim.NAdam)
     state = optimizer.state[p]
     if len(state) == 0:
@@ -255,8 +307,9 @@ def _adaptive(optimizer: torch.optim.Optimizer, group: dict, p: Tensor, std: flo
     return StepState(state["exp_avg"], state["exp_avg_sq"], rule)
 
 
-# Each begins a parameter's step: it counts the step in optimizer.state, where it makes what is missing.
-_RULES: dict[type, Callable[[torch.optim.Optimizer, dict, Tensor, float], StepState]] = {
+# Each begins a parameter's step: it counts the step in optimizer.state, where it makes what is missing. The standard
+# deviation is None where only the device knows it.
+_RULES: dict[type, Callable[[torch.optim.Optimizer, dict, Tensor, float | None], StepState]] = {
     torch.optim.SGD: _sgd,
     torch.optim.Adam: _adaptive,
     torch.optim.AdamW: _adaptive,

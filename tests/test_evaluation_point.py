@@ -10,7 +10,7 @@ from torch import nn
 
 from adaclip.noise import STREAM_SMOOTHING, NoiseSource, chunks
 from adaclip.smoothing import DiSK, EvaluationPoint, NoiseCorrectedNadam, SmoothedLoss
-from adaclip.smoothing.point import _Move
+from adaclip.smoothing import point as moving
 from adaclip.update import noisy_update
 
 ALWAYS = SmoothedLoss(tau=0.1, signal="always", refresh=1)
@@ -167,9 +167,9 @@ def test_one_pass_over_memory_makes_what_torch_makes(refresh, simd_level, set_th
                 p.grad = torch.ones_like(p)
             optimizer.step()
             if fused:
-                monkeypatch.delattr(_Move, "make")
+                monkeypatch.delattr(moving, "_make")
             else:
-                monkeypatch.setattr(_Move, "fusable", lambda move: False)
+                monkeypatch.setattr(moving, "_alike", lambda move: False)
             for step in (1, 2, 3):
                 point.enter(step)
                 made[fused, threads, step] = [p.detach().clone() for p in params]

@@ -49,12 +49,14 @@ class Setting:
         parameters: how many trained numbers each of them holds.
         expected_batch_size: q N, the public denominator.
         device: of the norms that strategies will see, and where their state shall be.
+        backend: what the run's operations are computed by (`adaclip.backends`).
     """
 
     layers: int
     parameters: tuple[int, ...]
     expected_batch_size: float
     device: torch.device
+    backend: str = "auto"
 
 
 class Rule(NamedTuple):

@@ -94,6 +94,7 @@ class PerLayerClipping(Clipping):
                 rate=self.rate,
                 sigma_b=self.sigma_b,
                 accelerate=self.accelerate,
+                backend=setting.backend,
             )
             self.sigma_b = self.side.sigma_b
         return layers

@@ -36,6 +36,7 @@ class QuantileThresholds:
         expected_batch_size: q N, what the noisy sum is divided by: public, never the realized batch size.
         quantile, rate, accelerate: as in `AdaptiveClipping`.
         sigma_b: noise on each indicator sum; None: sqrt(K) q N / 20.
+        backend: what moves the thresholds (`adaclip.backends`).
     """
 
     def __init__(
@@ -47,7 +48,9 @@ class QuantileThresholds:
         rate: float = 0.2,
         sigma_b: float | None = None,
         accelerate: bool = True,
+        backend: str = "auto",
     ):
+        self._backend = backend
         self.quantile = check_fraction(quantile, "quantile")
         self.rate = check_norm(rate, "rate")
         self.accelerate = bool(accelerate)
@@ -89,6 +92,7 @@ class QuantileThresholds:
             quantile=self.quantile,
             rate=self.rate,
             accelerate=self.accelerate,
+            backend=self._backend,
         )
         self._steps += 1
         if self._steps == len(self._history):
@@ -193,6 +197,7 @@ class AdaptiveClipping(Clipping):
             rate=self.rate,
             sigma_b=self.sigma_b,
             accelerate=self.accelerate,
+            backend=setting.backend,
         )
         self.sigma_b = self.side.sigma_b
         return 1

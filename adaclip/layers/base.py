@@ -125,7 +125,8 @@ class Layer(ReplacedForward):
         self.name = name
         self.root = root
         self.backend = backend
-        self.slot: Slot = tape.new_slot()
+        device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        self.slot: Slot = tape.new_slot(device)
 
     def __call__(self, *args, **kwargs):
         # Evaluation keeps the ordinary forward: its gradients (saliency maps, say) are the user's.
@@ -206,7 +207,7 @@ def as_gradient(p: nn.Parameter, total: Tensor) -> tuple[nn.Parameter, Tensor]:
     """(p, total), total in p's dtype, as torch wants a `.grad`.
 
     Each sample's contribution is bounded up to here, in at least float32. Under a 16-bit parameter the
-    sum of them is now rounded once, by at most 2^-9 (bfloat16) or 2^-12 (float16) of each entry.
+    sum of them is now rounded once, by at most 2^-8 (bfloat16) or 2^-11 (float16) of each entry.
     """
     return p, total.to(p.dtype)
 
@@ -233,16 +234,20 @@ def _casts(t: Tensor) -> bool:
     return t.is_floating_point() and t.dtype != torch.float64
 
 
-def rounding_bound(sqnorms: Tensor, magnitudes: Tensor, terms: int, dtype: torch.dtype) -> Tensor:
-    """Upper bounds on the squared norms of gradients that are summed in `dtype`; float64 [B].
+def rounding_bound(sqnorms: Tensor, magnitudes: Tensor, rounding: ops.Rounding) -> Tensor:
+    """Upper bounds on the squared norms of gradients as their weighted sum adds them; float64 [B].
 
     `sqnorms` are those of the exact gradient. The sum itself rounds: each of its entries carries an
-    error proportional to the unit round-off u and to sqrt(magnitudes), the norm the gradient would
+    error proportional to the unit round-off u and to sqrt(M), M the magnitude: the norm the gradient would
     have if no two positions canceled. 2u sqrt(M) covers the random-walk error of a blocked sum. Where
     cancellation is severe (sqrt(M) > 256 norms: no ordinary gradient, but an adversary's), the worst
     case of `terms` roundings in a row is added; it only clips such a sample harder. `terms` must be public:
     with the batch's size in it, one sample could tell by another's norm.
+
+    Where the product's operands are rounded as well (to 16 bits or TF32, on a GPU), that is another
+    `operands` sqrt(M), in full: these errors are as far apart from each other as a sample's values make them.
     """
-    unit = torch.finfo(dtype).eps / 2
+    unit, terms, operands = rounding
     norms, scales = sqnorms.clamp_min(0).sqrt(), magnitudes.sqrt()
-    return (norms + 2 * unit * scales + terms * unit * (scales - 256 * norms).clamp_min(0)).square()
+    adding = terms * unit * (scales - 256 * norms).clamp_min(0)
+    return (norms + (2 * unit + operands) * scales + adding).square()

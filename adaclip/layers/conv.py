@@ -23,9 +23,6 @@ from adaclip.layers.tape import Use
 
 __all__ = ["ConvLayer", "StandardizedConvLayer"]
 
-# What core/conv_weighted_grad.h promises of its sums; other weight gradients are summed in float64.
-_ROUNDINGS = 256 + 3
-
 
 class ConvLayer(Layer):
     """Any stride, padding (numbers, "same", "valid", every padding_mode), dilation and groups."""
@@ -118,7 +115,8 @@ class ConvLayer(Layer):
         norms = ops.conv_sample_norms(x, g, **geometry, bias=bias in wanted, backend=self.backend)
         sqnorms, kept, rows = norms.sqnorms, norms.kept, norms.bias
         if kept is None:
-            sqnorms = rounding_bound(sqnorms, norms.magnitudes, _ROUNDINGS, reference.wide_dtype(g.dtype))
+            rounding = ops.conv_grad_rounding(x, g, self.backend)
+            sqnorms = rounding_bound(sqnorms, norms.magnitudes, rounding)
         if rows is not None:
             sqnorms = sqnorms + ops.row_sqnorms(rows, backend=self.backend)
 
@@ -148,6 +146,25 @@ class ConvLayer(Layer):
         return grads
 
 
+@torch.compiler.assume_constant_result
+def _keeps_not(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    out_channels: int,
+    geometry: dict,
+    backend: str,
+) -> bool:
+    """Whether the norms of such inputs are taken without keeping the per-sample gradients.
+
+    On the CPU 16-bit outputs would hide part of the norm, and gradients are instantiated in their place.
+    """
+    if device.type == "cpu" and dtype not in (torch.float32, torch.float64):
+        return False
+    x = ops.Like(shape, dtype, device)
+    return not ops.conv_keeps(x, out_channels, **geometry, backend=backend)
+
+
 def _position_sums(g: Tensor) -> Tensor:
     """[B, C, *out] -> [B, C], summed in at least float32."""
     return g.flatten(2).sum(-1, dtype=reference.wide_dtype(g.dtype))
@@ -164,13 +181,17 @@ class StandardizedConvLayer(ConvLayer):
     where <w^, G> = sum_t g' y is known from the layer's own output y and <1, G> = sum_t g' box(x)
     from a one-channel convolution: exact norms, and no per-sample gradient is formed for them. Where
     the per-sample gradient is formed anyway, P' is applied to it instead.
+
+    On a GPU outputs are rounded to 16 bits or made of operands in TF32. With an error of at most u |w^| * |x| in each
+    output, and at most u |g'| in g' where it is rounded too, <w^, G>/sqrt(n), taken as a vector over the output
+    channels, is off by at most (u + u') sqrt(M) in norm, M the sample's magnitude: |w^| is at most sqrt(n). That
+    much less is taken away. (A bias in the output adds its own rounding, u |b| sum_t |g'|.)
     """
 
     def saves_output(self, x: Tensor) -> bool:
-        # What is subtracted below must be known to float32: 16-bit outputs would hide part of the norm.
-        if x.dtype not in (torch.float32, torch.float64):
-            return False
-        return not ops.conv_keeps(x, self.module.out_channels, **self._geometry(), backend=self.backend)
+        return _keeps_not(
+            tuple(x.shape), x.dtype, x.device, self.module.out_channels, self._geometry(), self.backend
+        )
 
     def weight(self) -> Tensor:
         return self.module.standardized_weight().detach().requires_grad_()
@@ -206,7 +227,10 @@ class StandardizedConvLayer(ConvLayer):
         standardized = m.standardized_weight().detach()
         inverse = self._scale()
         scaled = g * inverse.reshape(-1, *[1] * (g.dim() - 2))
-        rows = g.flatten(2).sum(-1)
+        if x.dtype == torch.bfloat16 and x.device.type != "cpu":
+            # In the inputs' dtype, as the kernels want it; its gradients are the ones that are summed.
+            scaled = scaled.to(x.dtype)
+        rows = _position_sums(g)
         n = weight[0].numel()
         norms = ops.conv_sample_norms(x, scaled, **geometry, keep=False, backend=self.backend)
         along_weight = dots if bias is None else dots - bias.detach() * rows
@@ -218,14 +242,24 @@ class StandardizedConvLayer(ConvLayer):
         ones = images.new_ones(images.shape[1], 1, *m.kernel_size)
         box = F.conv2d(images, ones, None, m.stride, geometry["padding"][-2:], m.dilation, images.shape[1])
         box = box.reshape(*channel_sums.shape[:-2], *g.shape[-2:])
-        box = box.to(scaled.dtype).repeat_interleave(weight.shape[0] // m.groups, dim=1)
+        box = box.to(reference.wide_dtype(scaled.dtype)).repeat_interleave(weight.shape[0] // m.groups, dim=1)
         along_ones = (scaled * box).flatten(2).sum(-1, dtype=torch.float64)
         length = standardized.double().square().sum((1, 2, 3)) / n
-        removed = (along_ones.square() + (2 - length) * along_weight.square()).sum(1) / n
+        unit = ops.conv_output_unit(x)
+        if unit:
+            missed = unit * norms.magnitudes.sqrt()
+            if bias is not None:
+                spread = scaled.abs().flatten(2).sum(-1, dtype=torch.float64) * bias.detach().double()
+                missed = missed + unit * (spread.square().sum(1) / n).sqrt()
+            # Twice what is missed: an error in <w^, G> counts sqrt(2 - |w^|^2/n) times.
+            found = ((2 - length) * along_weight.square()).sum(1).div(n).clamp_min(0).sqrt()
+            removed = along_ones.square().sum(1) / n + (found - 2 * missed).clamp_min(0).square()
+        else:
+            removed = (along_ones.square() + (2 - length) * along_weight.square()).sum(1) / n
         # The products are rounded in float32: take a little less away than was found.
         removed *= 1 - 1e-6
         exact = (norms.sqnorms - removed).clamp_min(0)
-        sqnorms = rounding_bound(exact, norms.magnitudes, _ROUNDINGS, g.dtype)
+        sqnorms = rounding_bound(exact, norms.magnitudes, ops.conv_grad_rounding(x, scaled, self.backend))
         # A non-finite gradient must stay visible: clamping would have hidden it.
         sqnorms = torch.where(norms.sqnorms.isfinite(), sqnorms, norms.sqnorms)
         if bias in wanted:

@@ -80,7 +80,7 @@ def _conv_setup(ctx, inputs, output):
 def _conv_backward(ctx, g):
     x, weight, *output, ticket = _saved(ctx)
     stride, padding, dilation, groups = ctx.geometry
-    dots = [(y * g).flatten(2).sum(-1, dtype=torch.float64) for y in output]
+    dots = [(reference.wide(y) * reference.wide(g)).flatten(2).sum(-1, dtype=torch.float64) for y in output]
     torch.ops.adaclip.record(ticket, [x, g, *dots], *ctx.record)
     dx = None
     if ctx.needs_input_grad[0]:

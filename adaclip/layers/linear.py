@@ -56,9 +56,11 @@ class LinearLayer(Layer):
             return part_from_samples({bias: reference.wide(g).sum(1)}, self.backend)
         norms = ops.linear_sample_norms(a, g, bias=bias in wanted, backend=self.backend)
         sqnorms, kept, rows = norms.sqnorms, norms.kept, norms.bias
-        if kept is None and a.shape[1] > 1:
-            terms = reference.linear_roundings(a.shape[1])
-            sqnorms = rounding_bound(sqnorms, norms.magnitudes, terms, reference.wide_dtype(g.dtype))
+        if kept is None:
+            rounding = ops.linear_grad_rounding(a, g, self.backend)
+            # One position: nothing cancels, and what is left of adding up is inside the factors' slack.
+            if a.shape[1] > 1 or rounding.operands:
+                sqnorms = rounding_bound(sqnorms, norms.magnitudes, rounding)
         if rows is not None:
             sqnorms = sqnorms + ops.row_sqnorms(rows, backend=self.backend)
 
@@ -66,7 +68,7 @@ class LinearLayer(Layer):
             if kept is not None:
                 total = ops.weighted_sum(kept, factors, backend=self.backend)
             else:
-                total = ops.linear_weighted_grad(a, g, factors)
+                total = ops.linear_weighted_grad(a, g, factors, backend=self.backend)
             grads = [as_gradient(weight, total)]
             if rows is not None:
                 grads.append(as_gradient(bias, ops.weighted_sum(rows, factors, backend=self.backend)))
@@ -127,7 +129,8 @@ class EmbeddingLayer(Layer):
             sizes = wide.new_zeros(sums.shape[0]).index_add_(0, where, wide.norm(dim=1))
             magnitudes[b] = sizes.square().sum()
         # One rounding of each product: their sum is in float64.
-        sqnorms = rounding_bound(sqnorms, magnitudes, 1, reference.wide_dtype(g.dtype))
+        unit = torch.finfo(reference.wide_dtype(g.dtype)).eps / 2
+        sqnorms = rounding_bound(sqnorms, magnitudes, ops.Rounding(unit, 1))
 
         def weigh(factors: Tensor) -> Gradients:
             total = reference.embedding_weighted_grad(indices, g, factors, weight.shape[0])

@@ -41,12 +41,13 @@ class Use:
 class Slot:
     """A layer's place on the tape."""
 
-    def __init__(self, tape: Tape):
+    def __init__(self, tape: Tape, device: torch.device):
         self.number = next(_numbers)
         self.tape = tape
         self.uses: list[Use] = []
-        # Mutated (in name) by `record`, so that no compiler drops or reorders it.
-        self.ticket = torch.zeros(0)
+        # Mutated (in name) by `record`, so that no compiler drops or reorders it. Where the layer is: a CUDA graph
+        # takes no tensors of the CPU.
+        self.ticket = torch.zeros(0, device=device)
         _slots[self.number] = self
 
     def call_args(self) -> tuple[Tensor, int, int, bool]:
@@ -56,7 +57,7 @@ class Slot:
             # count is not traced, it would recompile at every step.
             return self.ticket, self.number, 0, True
         # A fresh ticket for each use: autograd would refuse one saved twice and mutated in between.
-        return torch.empty(0), self.number, self.tape.call_number(), False
+        return self.ticket.new_empty(0), self.number, self.tape.call_number(), False
 
 
 class Tape:
@@ -77,8 +78,8 @@ class Tape:
             return self.current
         return -next(_calls)
 
-    def new_slot(self) -> Slot:
-        slot = Slot(self)
+    def new_slot(self, device: torch.device) -> Slot:
+        slot = Slot(self, device)
         self.slots.append(slot)
         return slot
 

@@ -70,7 +70,7 @@ class DiSK(torch.optim.Optimizer):
         gamma = (1 - group["kappa"]) / group["kappa"]
         return state["momentum_buffer"], -gamma * state["step_size"]
 
-    def fused_state(self, group: dict[str, Any], p: Tensor, std: float | Tensor) -> StepState:
+    def fused_state(self, group: dict[str, Any], p: Tensor, std: float | Tensor | None) -> StepState:
         """Begin p's next step and return what is to be done with its elements. The noise does not matter."""
         state = self.state[p]
         first = len(state) == 0
@@ -92,7 +92,7 @@ class DiSK(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    filtered, _, rule = self.fused_state(group, p, 0.0)
+                    filtered, _, rule, _ = self.fused_state(group, p, 0.0)
                     filtered.mul_(rule.decay).add_(p.grad.add(p, alpha=rule.l2), alpha=rule.keep)
                     p.sub_(filtered, alpha=rule.follow)
         return loss

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaclip.step_rule import StepRule, StepState
+from adaclip.step_rule import NoiseTerms, StepRule, StepState
 
 __all__ = ["DPAdamBC", "NoiseCorrectedNadam"]
 
@@ -109,23 +109,30 @@ class NoiseCorrectedNadam(torch.optim.Optimizer):
         """
         self._noise = dict(zip(params, stds, strict=True))
 
-    def fused_state(self, group: dict[str, Any], p: Tensor, std: float | Tensor) -> StepState:
-        """Begin p's next step: count it, average its noise, and return what is to be done with its elements."""
+    def fused_state(self, group: dict[str, Any], p: Tensor, std: float | Tensor | None) -> StepState:
+        """Begin p's next step: count it, average its noise, and return what is to be done with its elements.
+
+        std: None if it is known on p's device only, to a caller that averages it there, all parameters at once: then
+          the noise is left alone, and the result says how `variance` and `floor_sq` are made of it.
+        """
         state = self.state[p]
         if len(state) == 0:
             state["step"] = torch.tensor(0.0)
             state["exp_avg"] = torch.zeros_like(p)
             state["exp_avg_sq"] = torch.zeros_like(p)
-            device = std.device if isinstance(std, Tensor) else "cpu"
+            device = p.device if std is None else std.device if isinstance(std, Tensor) else "cpu"
             state["noise_sq"] = torch.zeros((), dtype=torch.float64, device=device)
         state["step"] += 1
         t, lr, (beta1, beta2) = state["step"].item(), group["lr"], group["betas"]
-        noise_sq = state["noise_sq"].mul_(beta2).add_((1 - beta2) * std * std)
-        unbias = 1 / (1 - beta2**t)
+        unbias, terms, variance, floor_sq = 1 / (1 - beta2**t), None, 0.0, 0.0
+        if std is None:
+            terms = NoiseTerms(beta2, unbias, group["floor"], group["absolute_floor"])
+        else:
+            noise_sq = state["noise_sq"].mul_(beta2).add_((1 - beta2) * std * std)
         if isinstance(std, Tensor):
             variance = noise_sq * unbias
             floor_sq = ((group["floor"] * std) ** 2).clamp(min=group["absolute_floor"] ** 2)
-        else:
+        elif std is not None:
             variance = noise_sq.item() * unbias
             floor_sq = max(group["floor"] * std, group["absolute_floor"]) ** 2
         if group["nesterov"]:
@@ -145,7 +152,7 @@ class NoiseCorrectedNadam(torch.optim.Optimizer):
             variance=variance,
             floor_sq=floor_sq,
         )
-        return StepState(state["exp_avg"], state["exp_avg_sq"], rule)
+        return StepState(state["exp_avg"], state["exp_avg_sq"], rule, terms)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -158,7 +165,7 @@ class NoiseCorrectedNadam(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     std = self._noise.get(p, group["noise_std"])
-                    _apply(p, p.grad, *self.fused_state(group, p, std))
+                    _apply(p, p.grad, *self.fused_state(group, p, std)[:3])
         self._noise = {}
         return loss
 

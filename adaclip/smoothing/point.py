@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from adaclip.backends import load, resolve_backend
 from adaclip.noise import STREAM_SMOOTHING, NoiseSource, check_chunks, checked_std, chunks, is_flat
 from adaclip.smoothing.loss import NoiseSignal, SmoothedLoss
+from adaclip.step_rule import Move
 
 __all__ = ["EvaluationPoint"]
 
@@ -40,43 +42,28 @@ def _like(p: Tensor, buffer: Tensor | None) -> Tensor:
     return torch.empty_like(p)
 
 
-class _Move(NamedTuple):
-    """out = param + sign shift + length direction, where shift is std z from chunk `first` of a keystream on."""
+def _alike(move: Move) -> bool:
+    """Whether one pass over memory can make it, with the same place for an element in all tensors."""
+    there = [t for t in move[:4] if t is not None]
+    return all(
+        t.device == move.param.device
+        and is_flat(t)
+        and t.shape == move.param.shape
+        and t.stride() == move.param.stride()
+        for t in there
+    )
 
-    param: Tensor
-    out: Tensor
-    shift: Tensor | None
-    direction: Tensor | None
-    first: int
-    std: float
-    length: float
 
-    def fusable(self) -> bool:
-        """Whether one pass over memory can make it, with the same place for an element in all tensors."""
-        there = [t for t in self[:4] if t is not None]
-        return all(
-            t.device.type == "cpu"
-            and t.dtype == torch.float32
-            and is_flat(t)
-            and t.shape == self.param.shape
-            and t.stride() == self.param.stride()
-            for t in there
-        )
-
-    def addresses(self) -> tuple:
-        """For `NoiseSource.perturb`."""
-        pointers = [0 if t is None else t.data_ptr() for t in self[:4]]
-        return (*pointers, self.param.numel(), self.first, checked_std(self.std), self.length)
-
-    def make(self, source: NoiseSource, draw: int, fresh: bool, sign: float) -> None:
-        """The same in torch's operations."""
-        self.out.copy_(self.param)
-        if self.shift is not None:
-            if fresh:
-                source.normal_(self.shift, draw, STREAM_SMOOTHING, self.std, self.first)
-            self.out.add_(self.shift, alpha=sign)
-        if self.direction is not None:
-            self.out.add_(self.direction, alpha=self.length)
+def _make(move: Move, source: NoiseSource, draw: int, fresh: bool, sign: float, backend: str) -> None:
+    """One move in torch's operations."""
+    param, out, shift, direction, first, std, length = move
+    out.copy_(param)
+    if shift is not None:
+        if fresh:
+            source.normal_(shift, draw, STREAM_SMOOTHING, std, first, backend=backend)
+        out.add_(shift, alpha=sign)
+    if direction is not None:
+        out.add_(direction, alpha=length)
 
 
 class EvaluationPoint:
@@ -103,6 +90,7 @@ class EvaluationPoint:
         optimizer: the torch optimizer whose parameters (those that require gradients) are moved.
         smoothing: None: look-ahead alone.
         source: the key of z; None: one of its own.
+        backend: what makes z and moves the parameters (`adaclip.backends`).
 
     Raises:
         ValueError: the smoothing's condition needs a momentum that the optimizer does not have.
@@ -117,6 +105,7 @@ class EvaluationPoint:
         optimizer: torch.optim.Optimizer,
         smoothing: SmoothedLoss | None = None,
         source: NoiseSource | None = None,
+        backend: str = "auto",
     ):
         if smoothing is not None and not isinstance(smoothing, SmoothedLoss):
             raise TypeError(f"smoothing must be a SmoothedLoss or None, got {type(smoothing).__name__}")
@@ -124,6 +113,9 @@ class EvaluationPoint:
         self._smoothing = smoothing
         self._source = NoiseSource() if source is None else source
         self._signal = None if smoothing is None else NoiseSignal(smoothing, optimizer)
+        self._backend = backend
+        # What the backend keeps about the parameters from step to step.
+        self._cache: dict[str, Any] = {}
         self._looks: Callable | None = getattr(optimizer, "lookahead", None)
         self._scales: dict[Tensor, float] = {}
         if smoothing is not None:
@@ -139,12 +131,16 @@ class EvaluationPoint:
 
     @classmethod
     def needed(
-        cls, optimizer: torch.optim.Optimizer, smoothing: SmoothedLoss | None, source: NoiseSource
+        cls,
+        optimizer: torch.optim.Optimizer,
+        smoothing: SmoothedLoss | None,
+        source: NoiseSource,
+        backend: str = "auto",
     ) -> EvaluationPoint | None:
         """The point that training needs, or None where gradients are taken at the parameters themselves."""
         if smoothing is None and not hasattr(optimizer, "lookahead"):
             return None
-        return cls(optimizer, smoothing, source)
+        return cls(optimizer, smoothing, source, backend)
 
     # --- there and back ----------------------------------------------------------------------------
 
@@ -288,18 +284,26 @@ class EvaluationPoint:
         for p in params:
             shift, std = (self._shifts[p], self._smoothing.tau * self._scales[p]) if smooth else (None, 0.0)
             direction, length = ahead.get(p) or (None, 0.0)
-            moves.append(_Move(p, self._moved[p], shift, direction, first, std, length))
+            moves.append(Move(p, self._moved[p], shift, direction, first, checked_std(std), length))
             first += chunks(p.numel())
         check_chunks(0, first)
-        if all(move.fusable() for move in moves):
-            tensors = [move.addresses() for move in moves]
-            self._source.perturb(tensors, draw, STREAM_SMOOTHING, fresh, sign)
-        else:
-            for move in moves:
-                move.make(self._source, draw, fresh, sign)
+        self._carry_out(moves, draw, fresh, sign)
         if smooth:
             self._drawn = draw
         self._made = step, self._versions()
+
+    def _carry_out(self, moves: list[Move], draw: int, fresh: bool, sign: float) -> None:
+        tensors = [t for move in moves for t in move[:4] if t is not None]
+        # Parameters of other dtypes get their noise from the backend, and the rest from torch.
+        singles = {(t.device, t.dtype == torch.float32) for t in tensors}
+        fits = len(singles) == 1 and singles.pop()[1] and all(_alike(move) for move in moves)
+        backend = resolve_backend("perturb", self._backend, *tensors) if fits else "reference"
+        if backend == "reference":
+            for move in moves:
+                _make(move, self._source, draw, fresh, sign, self._backend)
+        else:
+            run = load(backend).perturb
+            run(self._source.key, draw, STREAM_SMOOTHING, moves, fresh, sign, self._cache)
 
     # --- checkpoints -------------------------------------------------------------------------------
 

@@ -1,0 +1,70 @@
+"""Convolutions as the GPU kernels take them: over images, dense, in one of two layouts."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from adaclip.backends.values import ConvGeometry
+from adaclip.reference import windows
+
+__all__ = ["as_planes", "dense", "magnitude_bounds"]
+
+
+def dense(t: Tensor) -> Tensor:
+    """[B, C, H, W], contiguous or channels_last: as it is if it is one of them."""
+    if t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last):
+        return t
+    return t.contiguous()
+
+
+def as_planes(x: Tensor, g: Tensor, geometry: ConvGeometry) -> tuple[Tensor, Tensor, ConvGeometry]:
+    """The same per-sample weight gradients as those of a two-dimensional convolution, up to the kernel's shape.
+
+    One axis gets another of size 1 in front. Of three axes the first is one that the kernel is 1 wide along
+    (`ConvGeometry.planar`), such as that of a sample's views: its images are laid one below the other, with rows of
+    zeros between them so that no kernel sees two. Output rows that fall in between have gradient 0.
+    """
+    kernel, stride, padding, dilation, groups = geometry
+    axes = len(kernel)
+    if axes == 2:
+        return dense(x), dense(g), geometry
+    if axes == 1:
+        ones = ([1, *v] for v in (kernel, stride))
+        return (
+            x.contiguous().unsqueeze(2),
+            g.contiguous().unsqueeze(2),
+            ConvGeometry(*ones, [0, *padding], [1, *dilation], groups),
+        )
+    (b, cin, views, height, width), (cout, rows, columns) = x.shape, (g.shape[1], *g.shape[3:])
+    (_, k, across), (_, s, beside), (_, p, left), (_, d, apart) = kernel, stride, padding, dilation
+    reach = s * (rows - 1) + d * (k - 1) + 1
+    block = -(-max(reach, p + height) // s) * s
+    stacked = x.new_zeros(b, cin, views, block, width)
+    stacked[:, :, :, p : p + height] = x
+    below = g.new_zeros(b, cout, views, block // s, columns)
+    below[:, :, :, :rows] = g
+    geometry = ConvGeometry([k, across], [s, beside], [0, left], [d, apart], groups)
+    stacked, below = stacked.flatten(2, 3), below.flatten(2, 3)
+    return stacked, below[:, :, : geometry.out(stacked.shape[2:])[0]].contiguous(), geometry
+
+
+def magnitude_bounds(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
+    """Upper bounds on `reference.position_norms_product`, float64 [B], without widening x or g.
+
+    Norms over channels are rounded in float32, by less than 2^-12 of themselves for up to 2^11 roundings in a row;
+    what is made of them, which has no channels, is in float64.
+    """
+    kernel, stride, padding, dilation, groups = geometry
+    b, out = x.shape[0], g.shape[2:]
+    xn, gn = (
+        torch.linalg.vector_norm(t.unflatten(1, (groups, t.shape[1] // groups)), dim=2, dtype=torch.float32)
+        for t in (x, g)
+    )
+    fields = windows(xn.double(), list(kernel), list(stride), list(padding), list(dilation))
+    fields = fields[(slice(None), slice(None), *(slice(0, n) for n in out))]
+    fields = fields.reshape(b, groups, math.prod(out), math.prod(kernel))
+    sums = (gn.double().flatten(2).unsqueeze(-1) * fields).sum(2)
+    return sums.square().sum((1, 2)) * (1 + 2.0**-10)
