@@ -43,11 +43,12 @@ def _finish(total, out, left, std, z, denominator, row: tl.constexpr, LANES: tl.
     tl.store(out + i, tl.math.div_rn(value, tl.zeros_like(value) + denominator), mask=i < left)
 
 
-@triton.jit(do_not_specialize=["stream", "first_chunk", "batch", "n"])
+@triton.jit(do_not_specialize=["stream", "one", "first_chunk", "batch", "n"])
 def _noisy_sum(
     key,
     step,
     stream,
+    one,
     x,
     factors,
     out,
@@ -89,7 +90,7 @@ def _noisy_sum(
     none = tl.zeros([LANES], tl.float32)
     z = none, none, none, none, none, none, none, none, none, none
     if scale != 0.0:
-        z = normals(key, step, stream, first_chunk + chunk, LANES)
+        z = normals(key, step, stream, one, first_chunk + chunk, LANES)
     for row in tl.static_range(10):
         _finish(totals[row], out + at, left, scale, z[row], denominator, row, LANES)
 
@@ -121,7 +122,7 @@ def noisy_sum(
         return
     way = _NARROW if n < _NARROW_BELOW else _WIDE
     grid = (triton.cdiv(n, way["LANES"] // 16 * 160),)
-    where = key, step, signed_stream(stream)
+    where = key, step, signed_stream(stream), 1
     numbers = batch, n, first_chunk, std, float(denominator)
     _noisy_sum[grid](*where, x, factors, out, *numbers, **way, num_warps=_WARPS, enable_fp_fusion=False)
 
@@ -134,6 +135,7 @@ def aot() -> list[Variant]:
             "key": "*i32",
             "step": "*i64",
             "stream": "i32",
+            "one": "i32",
             "x": dtype,
             "factors": "*fp32",
             "out": "*fp32",

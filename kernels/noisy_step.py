@@ -34,8 +34,8 @@ def _noisy_gradient(grad, has_grad, i, inside, std, z):
     return tl.where(std != 0.0, tl.where(has_grad, g + noise, noise), g)
 
 
-@triton.jit(do_not_specialize=["stream"])
-def _noisy_step(key, step, stream, pointers, numel, first_chunk, rules, tiles, LANES: tl.constexpr):
+@triton.jit(do_not_specialize=["stream", "one"])
+def _noisy_step(key, step, stream, one, pointers, numel, first_chunk, rules, tiles, LANES: tl.constexpr):
     tile = tiles + tl.program_id(0).to(tl.int64) * 2
     tensor = tl.load(tile).to(tl.int64)
     chunk = tl.load(tile + 1).to(tl.int64)
@@ -57,7 +57,7 @@ def _noisy_step(key, step, stream, pointers, numel, first_chunk, rules, tiles, L
     zero = tl.zeros([LANES], tl.float32)
     z = zero, zero, zero, zero, zero, zero, zero, zero, zero, zero
     if std != 0.0:
-        z = normals(key, step, stream, tl.load(first_chunk + tensor) + chunk, LANES)
+        z = normals(key, step, stream, one, tl.load(first_chunk + tensor) + chunk, LANES)
 
     if has_square:
         square_decay, square_keep = tl.load(rule + 8), tl.load(rule + 9)
@@ -113,7 +113,7 @@ def noisy_step(key: Tensor, step: Tensor, stream: int, table: StepTable) -> None
     """
     if len(table.tiles) == 0:
         return
-    where = key, step, signed_stream(stream)
+    where = key, step, signed_stream(stream), 1
     arrays = table.pointers, table.numel, table.first_chunk, table.rules, table.tiles
     _noisy_step[(len(table.tiles),)](*where, *arrays, LANES=_LANES, num_warps=_WARPS, enable_fp_fusion=False)
 
@@ -125,6 +125,7 @@ def aot() -> list[Variant]:
         "key": "*i32",
         "step": "*i64",
         "stream": "i32",
+        "one": "i32",
         "pointers": "*i64",
         "numel": "*i64",
         "first_chunk": "*i64",

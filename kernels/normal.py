@@ -78,10 +78,10 @@ def normals_of_words(words):
 
 
 @triton.jit
-def normals(key, step, stream, chunk, LANES: tl.constexpr):
+def normals(key, step, stream, one, chunk, LANES: tl.constexpr):
     """Ten float32 tensors [LANES]: the normals of LANES / 16 chunks of the stream, from int64 `chunk` on."""
     counters = (chunk * CHUNK_BLOCKS).to(tl.uint32) + tl.arange(0, LANES).to(tl.uint32)
-    return normals_of_words(keystream_blocks(key, step, stream, counters))
+    return normals_of_words(keystream_blocks(key, step, stream, one, counters))
 
 
 @triton.jit

@@ -19,14 +19,14 @@ __all__ = ["normal_fill", "signed_stream"]
 _LANES = 128  # one block of keystream for each thread of four warps
 
 
-@triton.jit(do_not_specialize=["stream", "first_chunk", "n"])
-def _normal_fill(key, step, stream, out, n, std, first_chunk, ADD: tl.constexpr, LANES: tl.constexpr):
+@triton.jit(do_not_specialize=["stream", "one", "first_chunk", "n"])
+def _normal_fill(key, step, stream, one, out, n, std, first_chunk, ADD: tl.constexpr, LANES: tl.constexpr):
     chunk = tl.program_id(0).to(tl.int64) * (LANES // CHUNK_BLOCKS)
     at = chunk * CHUNK_NORMALS
     left = n - at
     scale = tl.load(std)
     if scale != 0.0:
-        z = normals(key, step, stream, first_chunk + chunk, LANES)
+        z = normals(key, step, stream, one, first_chunk + chunk, LANES)
         for row in tl.static_range(10):
             i = element(row, LANES)
             value = scale * z[row]
@@ -58,7 +58,7 @@ def normal_fill(
     if n == 0:
         return
     grid = (triton.cdiv(n, _LANES // 16 * 160),)
-    where = key, step, signed_stream(stream)
+    where = key, step, signed_stream(stream), 1
     _normal_fill[grid](
         *where, out, n, std, first_chunk, ADD=add, LANES=_LANES, num_warps=4, enable_fp_fusion=False
     )
@@ -71,6 +71,7 @@ def aot() -> list[Variant]:
         "key": "*i32",
         "step": "*i64",
         "stream": "i32",
+        "one": "i32",
         "out": "*fp32",
         "n": "i64",
         "std": "*fp32",

@@ -26,11 +26,12 @@ _WARPS = _LANES // 32
 _RULE = tl.constexpr(MOVE_NUMBERS)
 
 
-@triton.jit(do_not_specialize=["stream"])
+@triton.jit(do_not_specialize=["stream", "one"])
 def _perturb(
     key,
     step,
     stream,
+    one,
     sign,
     pointers,
     numel,
@@ -56,7 +57,7 @@ def _perturb(
     length = tl.load(rules + tensor * _RULE + 1)
 
     if DRAW and has_shift:
-        z = normals(key, step, stream, tl.load(first_chunk + tensor) + chunk, LANES)
+        z = normals(key, step, stream, one, tl.load(first_chunk + tensor) + chunk, LANES)
         for row in tl.static_range(10):
             i = element(row, LANES)
             inside = i < left
@@ -91,7 +92,7 @@ def perturb(key: Tensor, step: Tensor, stream: int, table: StepTable, draw: bool
     """
     if len(table.tiles) == 0:
         return
-    where = key, step, signed_stream(stream)
+    where = key, step, signed_stream(stream), 1
     arrays = table.pointers, table.numel, table.first_chunk, table.rules, table.tiles
     _perturb[(len(table.tiles),)](
         *where, float(sign), *arrays, DRAW=draw, LANES=_LANES, num_warps=_WARPS, enable_fp_fusion=False
@@ -105,6 +106,7 @@ def aot() -> list[Variant]:
         "key": "*i32",
         "step": "*i64",
         "stream": "i32",
+        "one": "i32",
         "sign": "fp32",
         "pointers": "*i64",
         "numel": "*i64",

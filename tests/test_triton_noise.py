@@ -1,6 +1,9 @@
 """Keystream, normals and sums with noise in Triton: bits of the CPU core's."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -22,11 +25,11 @@ from adaclip.kernels.normal_fill import normal_fill, signed_stream
 LANES = 128
 
 
-@triton.jit
-def _store_words(key, step, stream, first_block, out, lanes: tl.constexpr):
+@triton.jit(do_not_specialize=["stream", "one"])
+def _store_words(key, step, stream, one, first_block, out, lanes: tl.constexpr):
     lane = tl.arange(0, lanes)
     counters = tl.load(first_block).to(tl.uint32) + lane.to(tl.uint32)
-    words = keystream_blocks(key, step, stream, counters)
+    words = keystream_blocks(key, step, stream, one, counters)
     for w in tl.static_range(16):
         tl.store(out + w * lanes + lane, words[w].to(tl.int32, bitcast=True))
 
@@ -51,7 +54,9 @@ def _words(device, chunk, step, stream):
     """uint32 [16, LANES] from block 16 chunk on."""
     out = torch.empty(16, LANES, dtype=torch.int32, device=device)
     first = torch.tensor([16 * chunk], device=device)
-    _store_words[(1,)](*device_key(device, step), signed_stream(stream), first, out, lanes=LANES, num_warps=4)
+    _store_words[(1,)](
+        *device_key(device, step), signed_stream(stream), 1, first, out, lanes=LANES, num_warps=4
+    )
     return out.cpu().numpy().view(np.uint32)
 
 
@@ -152,3 +157,19 @@ def test_a_sum_is_the_exact_one_rounded_once(dtype, gpu_or_interpreter):
     got = _sum(x, factors, 0.0, 1.0, gpu_or_interpreter)
     assert (got - expected).abs().max() <= 2.0**-23 * expected.abs().max()
     assert (got == expected).float().mean() > 0.9
+
+
+def test_compiled_arithmetic_rounds_every_operation():
+    """The bits of a GPU, without one: no contraction, no approximation, no flushing to zero in the code for it."""
+    script = """
+from adaclip.kernels import clip_and_noise, noisy_step, normal_fill, perturb
+from adaclip.kernels.aot import compile_variant
+for module in normal_fill, noisy_step, perturb, clip_and_noise:
+    print(compile_variant(module.aot()[0], 90).ptx)
+"""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, check=True, capture_output=True, text=True)
+    for wanted in ("div.rn.f32", "sqrt.rn.f32", "mul.rn.f32"):
+        assert wanted in done.stdout
+    for unwanted in ("fma", ".ftz", ".approx", "div.full", "mul.f32", "add.f32", "sub.f32"):
+        assert unwanted not in done.stdout
