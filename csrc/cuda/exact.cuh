@@ -1,5 +1,6 @@
-// A float whose every operation is one correctly rounded IEEE operation, whatever the compiler's flags: no
-// multiply-add contracts, nothing is flushed to zero. Formulas written in it give the CPU core's bits.
+// A float whose every operation is one correctly rounded IEEE operation: no multiply-add contracts, whatever
+// the compiler's flags (but -ftz=true, which this library never sets, would flush subnormals). Formulas
+// written in it give the CPU core's bits.
 #pragma once
 
 #include <cstdint>

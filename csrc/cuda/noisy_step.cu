@@ -136,7 +136,7 @@ __device__ __forceinline__ void update_chunks(const StepRule& r, const Tensor& t
     update_some<kind>(r, t, at, left < kWarpElements ? static_cast<int>(left) : kWarpElements, lane, z);
 }
 
-// The normals of kWarpChunks chunks of the stream from `chunk` on, to z[chunk][kChunkRoom]: half a warp makes
+// z[chunk][kChunkRoom] = the normals of kWarpChunks chunks of the stream from `chunk` on; half a warp makes
 // one.
 __device__ __forceinline__ void make_normals(const NoiseAddress& noise, int64_t chunk, uint32_t one, int lane,
                                              float* z) {

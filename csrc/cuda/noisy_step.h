@@ -35,9 +35,9 @@ struct StepTable {
 };
 
 // Applies the update of core/noisy_step.h to every tensor of the table; tiles cover each element once.
-// Tensors are float32 at any address that is a multiple of 4, and go 16 bytes at a time where all addresses
-// of a tensor are multiples of 16. The caller keeps every chunk below kStreamChunks and tile_count below
-// 2^31. No noise is made where std is 0.
+// Tensors are float32 at any address that is a multiple of 4. Where all addresses of a tensor are multiples
+// of 16, all of it but the last elements, fewer than 640, goes 16 bytes at a time. The caller keeps every
+// chunk below kStreamChunks and tile_count below 2^31. No noise is made where std is 0.
 //
 // Returns the launch's error; what the kernel itself meets is reported by a later call, as usual.
 cudaError_t noisy_step(const NoiseAddress& noise, const StepTable& table, cudaStream_t stream);
