@@ -24,7 +24,8 @@ __all__ = ["noisy_sum"]
 _WARPS = 8
 _WIDE = {"ROWS": 1, "LANES": 256}  # a thread has ten columns, and takes the rows one after the other
 _NARROW = {"ROWS": 32, "LANES": 16}  # few columns: the rows of a program's one chunk are taken in parallel
-_NARROW_BELOW = 160 * 1024  # columns; from here on the wide way has programs enough for every multiprocessor
+# Columns. From here on wide programs, of 2560 each, are twice as many as a large GPU has multiprocessors.
+_NARROW_BELOW = 2560 * 256
 
 
 @triton.jit

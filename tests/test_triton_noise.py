@@ -132,7 +132,7 @@ def _sum(x, factors, std, denominator, device, first=3):
     return out.cpu()
 
 
-# From 160 * 1024 columns on a program has ten for each thread; the interpreter is slow, so the limit is lowered.
+# Only many columns are taken the wide way; the interpreter is slow, so the limit is lowered.
 @pytest.mark.parametrize("way", ["narrow", "wide"])
 @pytest.mark.parametrize(("batch", "n"), [(0, 170), (1, 1), (33, 165), (5, 320)])
 def test_a_sum_that_rounds_nowhere_has_the_cores_bits(batch, n, way, gpu_or_interpreter, monkeypatch):
