@@ -2,7 +2,7 @@
 
     python -m adaclip.kernels.aot [80 90 ...]
 
-compiles what the modules' `aot()` name and prints one line of JSON for each. TRITON_INTERPRET must not be set:
+compiles `variants()` and prints one line of JSON for each. TRITON_INTERPRET must not be set:
 under the interpreter there is nothing to compile.
 """
 
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Compiled", "Variant", "compile_variant", "variants"]
+__all__ = ["Compiled", "Variant", "compile_variant", "variants", "with_ones"]
 
 
 @dataclass(frozen=True)
@@ -108,13 +108,25 @@ def _usage(binary: bytes) -> tuple[int, int]:
     return found["REG"], found["STACK"] + found["LOCAL"]
 
 
+def with_ones(variant: Variant) -> Variant:
+    """The variant for integers that are 1: a launch makes constants of those, which some code does not bear."""
+    special = {p.name for p in variant.kernel.params if not p.do_not_specialize}
+    ones = [n for n, kind in variant.signature.items() if n in special and kind in ("i32", "i64")]
+    signature = {n: kind for n, kind in variant.signature.items() if n not in ones}
+    constexprs = variant.constexprs | dict.fromkeys(ones, 1)
+    divisible = tuple(n for n in variant.divisible if n not in ones)
+    made = {"signature": signature, "constexprs": constexprs, "divisible": divisible, "hot": False}
+    return dataclasses.replace(variant, label=f"{variant.label}; ones".lstrip("; "), **made)
+
+
 def variants() -> Iterator[tuple[str, Variant]]:
-    """(module, variant) of every kernel module, in the order of the modules' names."""
+    """(module, variant) of every kernel module, and for each kernel one more `with_ones`."""
     package = importlib.import_module(__package__)
     for info in pkgutil.iter_modules(package.__path__):
         module = importlib.import_module(f"{__package__}.{info.name}")
-        if hasattr(module, "aot"):
-            yield from ((info.name, variant) for variant in module.aot())
+        made = module.aot() if hasattr(module, "aot") else []
+        first = {id(variant.kernel): variant for variant in reversed(made)}
+        yield from ((info.name, variant) for variant in [*made, *map(with_ones, first.values())])
 
 
 def _main(capabilities: list[int]) -> None:

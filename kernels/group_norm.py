@@ -82,7 +82,7 @@ def _group_norm_backward(
         gain = scale * w
         with_x *= w
         plain *= w
-    count = (members * plane).to(tl.float64)
+    count = tl.cast(members, tl.float64) * plane
     if GROUPS == 1:
         shift = (tl.sum(plain, 0) / count * -scale).to(tl.float32)
         slope = (tl.sum(with_x, 0) / count * -scale * scale * scale).to(tl.float32)
@@ -183,6 +183,6 @@ def _variant(dtype: str, members: int, groups: int, plane: int, inner: str) -> V
     }
     constants = {"GROUPS": packed, "CHANNELS": lanes, "POSITIONS": positions, "STEPS": _STEPS}
     constants |= {f"{t}_{inner}": 1 for t in "gx"}
-    aligned = tuple(n for n in sizes if n not in ("groups", "members", "plane"))
+    aligned = tuple(n for n in sizes if n not in ("groups", "members") and (n != "plane" or plane % 16 == 0))
     label = f"{dtype}, {groups} x {members} channels, {plane} positions, {inner} innermost"
     return Variant(_group_norm_backward, signature, constants, warps, label=label, divisible=aligned)
