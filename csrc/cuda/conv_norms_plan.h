@@ -6,12 +6,7 @@
 #include <string>
 
 #include "core/conv_geometry.h"
-
-#ifdef __CUDACC__
-#define ADACLIP_HOST_DEVICE __host__ __device__
-#else
-#define ADACLIP_HOST_DEVICE
-#endif
+#include "cuda/device.h"
 
 namespace adaclip {
 namespace cuda {

@@ -1,8 +1,6 @@
+#include "cuda/conv_sample_norms.cuh"
 #include "cuda/conv_sample_norms.h"
 #include "cuda/machine.cuh"
-
-// After the machine: it says what a device function is.
-#include "cuda/conv_sample_norms.cuh"
 
 namespace adaclip {
 namespace cuda {

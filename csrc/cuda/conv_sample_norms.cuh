@@ -8,7 +8,10 @@
 // triangle stays there when both positions are moved by one tap, so that half of K is enough.
 #pragma once
 
+#include <cmath>
+
 #include "cuda/conv_norms_plan.h"
+#include "cuda/device.h"
 
 namespace adaclip {
 namespace cuda {

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#define ADACLIP_DEVICE __device__ __forceinline__
+#include "cuda/device.h"
 
 namespace adaclip {
 namespace cuda {

@@ -23,8 +23,6 @@
 #include <string>
 #include <vector>
 
-#define ADACLIP_DEVICE inline
-
 namespace emulation {
 
 struct Range {
