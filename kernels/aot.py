@@ -95,6 +95,13 @@ def compile_variant(variant: Variant, capability: int) -> Compiled:
     return Compiled(registers, spills, built.metadata.shared, built.asm["ptx"])
 
 
+def _check_compiles(variant: Variant) -> None:
+    from triton.runtime.jit import JITFunction
+
+    if not isinstance(variant.kernel, JITFunction):
+        raise RuntimeError(f"{variant.kernel!r} cannot be compiled: is TRITON_INTERPRET=1 set?")
+
+
 def _usage(binary: bytes) -> tuple[int, int]:
     """(registers, bytes of local memory) of a thread, which Triton itself only learns from a driver."""
     from triton import knobs
@@ -110,6 +117,7 @@ def _usage(binary: bytes) -> tuple[int, int]:
 
 def with_ones(variant: Variant) -> Variant:
     """The variant for integers that are 1: a launch makes constants of those, which some code does not bear."""
+    _check_compiles(variant)
     special = {p.name for p in variant.kernel.params if not p.do_not_specialize}
     ones = [n for n, kind in variant.signature.items() if n in special and kind in ("i32", "i64")]
     signature = {n: kind for n, kind in variant.signature.items() if n not in ones}

@@ -94,6 +94,11 @@ assert "adaclip.kernels" not in sys.modules
         finish(process)
 
 
+def test_what_launchers_launch_compiles():
+    script = Path(__file__).with_name("dry_launches.py")
+    assert len(finish(start(str(script), "90")).splitlines()) == 6
+
+
 SPILLING = """
 import triton, triton.language as tl
 from adaclip.kernels.aot import Variant, compile_variant
