@@ -18,6 +18,7 @@ import torch
 
 from . import _core
 from .backends import Key, implementation
+from .layout import is_flat
 
 __all__ = [
     "STREAM_GRADIENT",
@@ -259,18 +260,3 @@ def checked_std(std: float | torch.Tensor) -> float:
     if float(rounded) < std:
         rounded = np.nextafter(rounded, np.float32(math.inf))
     return float(rounded)
-
-
-def is_flat(tensor: torch.Tensor) -> bool:
-    """True if the elements fill one block of memory, in whatever order of dimensions."""
-    if tensor.layout != torch.strided:
-        return False
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True

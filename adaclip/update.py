@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .backends import load, resolve_backend
+from .layout import is_flat
 from .noise import (
     STREAM_GRADIENT,
     NoiseSource,
@@ -17,7 +18,6 @@ from .noise import (
     check_chunks,
     checked_std,
     chunks,
-    is_flat,
     rounded_up,
 )
 from .smoothing.disk import DiSK

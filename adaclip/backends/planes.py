@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from adaclip.backends.values import ConvGeometry
-from adaclip.reference import windows
 
-__all__ = ["as_planes", "dense", "magnitude_bounds"]
+__all__ = ["as_planes", "dense"]
 
 
 def dense(t: Tensor) -> Tensor:
@@ -49,22 +46,3 @@ def as_planes(x: Tensor, g: Tensor, geometry: ConvGeometry) -> tuple[Tensor, Ten
     geometry = ConvGeometry([k, across], [s, beside], [0, left], [d, apart], groups)
     stacked, below = stacked.flatten(2, 3), below.flatten(2, 3)
     return stacked, below[:, :, : geometry.out(stacked.shape[2:])[0]].contiguous(), geometry
-
-
-def magnitude_bounds(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Tensor:
-    """Upper bounds on `reference.position_norms_product`, float64 [B], without widening x or g.
-
-    Norms over channels are rounded in float32, by less than 2^-12 of themselves for up to 2^11 roundings in a row;
-    what is made of them, which has no channels, is in float64.
-    """
-    kernel, stride, padding, dilation, groups = geometry
-    b, out = x.shape[0], g.shape[2:]
-    xn, gn = (
-        torch.linalg.vector_norm(t.unflatten(1, (groups, t.shape[1] // groups)), dim=2, dtype=torch.float32)
-        for t in (x, g)
-    )
-    fields = windows(xn.double(), list(kernel), list(stride), list(padding), list(dilation))
-    fields = fields[(slice(None), slice(None), *(slice(0, n) for n in out))]
-    fields = fields.reshape(b, groups, math.prod(out), math.prod(kernel))
-    sums = (gn.double().flatten(2).unsqueeze(-1) * fields).sum(2)
-    return sums.square().sum((1, 2)) * (1 + 2.0**-10)

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from adaclip import reference
 from adaclip.backends import choice, cpp, cudnn_grads
-from adaclip.backends.planes import as_planes, magnitude_bounds
+from adaclip.backends.planes import as_planes
 from adaclip.backends.values import ConvGeometry, Key, Method, Rounding, SampleNorms
+from adaclip.layout import is_flat
 from adaclip.step_rule import FusedStep, Move
 
 __all__ = [
@@ -66,16 +67,16 @@ def conv_norms(
     inner = x.shape[1] // geometry.groups
     shape = (x.shape[0], g.shape[1], inner, *geometry.kernel)
     x, g, geometry = as_planes(x, g, geometry)
-    if method.way == "gram":
-        sqnorms, magnitudes = gram(x, g, **geometry._asdict())
-        rows = g.sum((2, 3), dtype=torch.float32) if bias else None
-        return SampleNorms(sqnorms, magnitudes, None, rows)
-    from adaclip.kernels.conv_sample_grads import conv_sample_grads
+    if method.keep:
+        from adaclip.kernels.conv_sample_grads import conv_sample_grads
 
-    sqnorms, kept, rows = conv_sample_grads(x, g, **geometry._asdict(), keep=method.keep, bias=bias)
-    if kept is not None:
-        return SampleNorms(sqnorms, None, kept.view(shape), rows)
-    return SampleNorms(sqnorms, magnitude_bounds(x, g, geometry), None, rows)
+        sqnorms, kept, rows = conv_sample_grads(x, g, **geometry._asdict(), keep=True, bias=bias)
+        return SampleNorms(sqnorms, None, kept.reshape(shape), rows)
+    if method.way == "instantiate":
+        from adaclip.kernels.conv_sample_grads import instantiated_norms as gram
+    sqnorms, magnitudes = gram(x, g, **geometry._asdict())
+    rows = g.sum((2, 3), dtype=torch.float32) if bias else None
+    return SampleNorms(sqnorms, magnitudes, None, rows)
 
 
 def _asked(method: Method, keep: bool | None) -> Method:
@@ -99,18 +100,12 @@ def linear_sample_norms(a: Tensor, g: Tensor, bias: bool, keep: bool | None) -> 
     from adaclip.kernels import linear_sample_norms as kernels
 
     a, g = a.contiguous(), g.contiguous()
-    method = choice.linear_method(a.device, *a.shape[1:], g.shape[2], a.dtype)
-    if keep:
-        method = Method("instantiate", True)
     rows = g.sum(1, dtype=torch.float32) if bias else None
-    if method.way == "gram":
-        return SampleNorms(*kernels.linear_sample_norms(a, g), None, rows)
-    sqnorms, kept = kernels.linear_sample_grads(a, g, method.keep)
-    if kept is not None:
+    if keep or choice.linear_method(a.device, *a.shape[1:], g.shape[2], a.dtype).keep:
+        sqnorms, kept = kernels.linear_sample_grads(a, g, True)
         return SampleNorms(sqnorms, None, kept, rows)
-    positions = ConvGeometry([1], [1], [0], [1], 1)
-    magnitudes = magnitude_bounds(a.transpose(1, 2), g.transpose(1, 2), positions)
-    return SampleNorms(sqnorms, magnitudes, None, rows)
+    # The kernel's own choice between Gram matrices and the gradient itself.
+    return SampleNorms(*kernels.linear_sample_norms(a, g), None, rows)
 
 
 def linear_weighted_grad(a: Tensor, g: Tensor, factors: Tensor) -> Tensor:
@@ -139,7 +134,14 @@ def row_sqnorms(x: Tensor) -> Tensor:
 def weighted_sum(x: Tensor, factors: Tensor) -> Tensor:
     from adaclip.kernels.weighted_sum import weighted_sum
 
-    return weighted_sum(_rows(x), factors.to(torch.float32).contiguous()).view(x.shape[1:])
+    factors = factors.to(torch.float32).contiguous()
+    if not x.is_contiguous() and x.shape[0] and is_flat(x[0]):
+        # Per-sample gradients in another order of dimensions: summed where they lie.
+        rows = x.as_strided((x.shape[0], x[0].numel()), (x.stride(0), 1))
+        total = weighted_sum(rows, factors).as_strided(x.shape[1:], x.stride()[1:])
+        # On the CPU noise is added in the order of contiguous gradients.
+        return total if x.device.type != "cpu" else total.contiguous()
+    return weighted_sum(_rows(x), factors).view(x.shape[1:])
 
 
 def group_norm_backward(

@@ -209,7 +209,11 @@ def as_gradient(p: nn.Parameter, total: Tensor) -> tuple[nn.Parameter, Tensor]:
     Each sample's contribution is bounded up to here, in at least float32. Under a 16-bit parameter the
     sum of them is now rounded once, by at most 2^-8 (bfloat16) or 2^-11 (float16) of each entry.
     """
-    return p, total.to(p.dtype)
+    total = total.to(p.dtype)
+    if p.device.type != "cpu" and total.stride() != p.stride():
+        # GPU libraries have their own order of dimensions; the fused update needs the parameter's.
+        total = torch.empty_like(p).copy_(total)
+    return p, total
 
 
 def lowered(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

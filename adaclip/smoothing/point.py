@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from adaclip.backends import load, resolve_backend
-from adaclip.noise import STREAM_SMOOTHING, NoiseSource, check_chunks, checked_std, chunks, is_flat
+from adaclip.layout import is_flat
+from adaclip.noise import STREAM_SMOOTHING, NoiseSource, check_chunks, checked_std, chunks
 from adaclip.smoothing.loss import NoiseSignal, SmoothedLoss
 from adaclip.step_rule import Move
 
