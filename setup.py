@@ -1,4 +1,5 @@
-"""Builds the C++ core with CMake. Everything else about the package is in pyproject.toml.
+"""Builds the C++ core, and the CUDA kernels where nvcc is found, with CMake. Everything else about the package is in
+pyproject.toml.
 
 A dozen lines instead of a build back end: the package then installs with
 `pip install --no-build-isolation --no-deps .` wherever setuptools, pybind11 and CMake are there.
@@ -26,6 +27,8 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             "-DCMAKE_BUILD_TYPE=Release",
+            # Named even when it is unset: a build folder remembers what it was told before.
+            f"-DADACLIP_CUDA={os.environ.get('ADACLIP_CUDA', 'AUTO').upper()}",
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]
         subprocess.run(configure, cwd=build, check=True)

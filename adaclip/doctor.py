@@ -56,6 +56,7 @@ def examine() -> dict[str, Any]:
             "simd": core.simd_level(),
             "simd_supported": core.simd_supported(),
             "threading": core.threading_backend(),
+            "cuda": {"built": core.CUDA_BUILT, "note": core.CUDA_NOTE},
         }
     report["torch"] = _torch()
     report["optional"] = {
@@ -147,6 +148,9 @@ def _lines(report: dict[str, Any]) -> list[str]:
             "C++ core: loaded",
             f"SIMD: {core['simd']} in use, {core['simd_supported']} supported (ADACLIP_SIMD lowers it)",
             f"threads of the core: {_POOLS.get(core['threading'], core['threading'])}",
+            f"CUDA kernels: built by {core['cuda']['note']}"
+            if core["cuda"]["built"]
+            else f"CUDA kernels: not built: {core['cuda']['note']} (README, Build with CUDA)",
         ]
     else:
         lines.append(f"C++ core: not loaded: {core['why_not']}")

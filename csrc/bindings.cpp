@@ -24,6 +24,10 @@
 #include "core/perturb.h"
 #include "core/sample_statistics.h"
 #include "core/simd.h"
+#ifdef ADACLIP_WITH_CUDA
+#include "cuda/conv_sample_norms.h"
+#include "cuda/noisy_step.h"
+#endif
 
 namespace py = pybind11;
 
@@ -78,6 +82,60 @@ adaclip::NormOutputs norm_outputs(adaclip::NormMethod method, uintptr_t sqnorms,
   return {reinterpret_cast<double*>(sqnorms), reinterpret_cast<double*>(magnitudes),
           reinterpret_cast<float*>(kept), reinterpret_cast<float*>(bias)};
 }
+
+#ifdef ADACLIP_WITH_CUDA
+void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+}
+
+adaclip::cuda::Element element(const std::string& dtype) {
+  if (dtype == "bfloat16") return adaclip::cuda::Element::bf16;
+  if (dtype == "float16") return adaclip::cuda::Element::fp16;
+  if (dtype == "float32") return adaclip::cuda::Element::fp32;
+  throw std::invalid_argument("dtype must be bfloat16, float16 or float32, got " + dtype);
+}
+
+// Addresses are of device memory, `stream` is a cudaStream_t. Launches only: nothing waits for the device.
+void bind_cuda(py::module_ m) {
+  m.doc() = "The CUDA kernels. What an argument is: csrc/cuda/*.h.";
+  m.def("conv_sample_norms_refusal", [](int64_t batch, int64_t in_channels, int64_t out_channels, Triple in,
+                                        Triple out, Triple kernel, Triple stride, Triple padding,
+                                        Triple dilation, int64_t groups, int device) {
+    return adaclip::cuda::conv_sample_norms_refusal(
+        conv_shape(batch, in_channels, out_channels, in, out, kernel, stride, padding, dilation, groups),
+        device);
+  });
+  m.def("conv_sample_norms", [](uintptr_t x, uintptr_t g, int64_t batch, int64_t in_channels,
+                                int64_t out_channels, Triple in, Triple out, Triple kernel, Triple stride,
+                                Triple padding, Triple dilation, int64_t groups, const std::string& dtype,
+                                Triple x_strides, Triple g_strides, uintptr_t sqnorms, uintptr_t magnitudes,
+                                int device, uintptr_t stream) {
+    const auto shape =
+        conv_shape(batch, in_channels, out_channels, in, out, kernel, stride, padding, dilation, groups);
+    const auto type = element(dtype);
+    py::gil_scoped_release unlocked;
+    check(adaclip::cuda::conv_sample_norms(
+        shape, type, reinterpret_cast<const void*>(x), {x_strides[0], x_strides[1], x_strides[2]},
+        reinterpret_cast<const void*>(g), {g_strides[0], g_strides[1], g_strides[2]},
+        reinterpret_cast<double*>(sqnorms), reinterpret_cast<double*>(magnitudes), device,
+        reinterpret_cast<cudaStream_t>(stream)));
+  });
+  m.def("noisy_step", [](uintptr_t key, uintptr_t step, uint32_t stream_of_noise, uintptr_t pointers,
+                         uintptr_t numel, uintptr_t first_chunk, uintptr_t rules, uintptr_t tiles,
+                         int64_t tile_count, int device, uintptr_t stream) {
+    const adaclip::cuda::NoiseAddress noise{reinterpret_cast<const uint32_t*>(key),
+                                            reinterpret_cast<const uint64_t*>(step), stream_of_noise};
+    const adaclip::cuda::StepTable table{
+        reinterpret_cast<const int64_t*>(pointers),    reinterpret_cast<const int64_t*>(numel),
+        reinterpret_cast<const int64_t*>(first_chunk), reinterpret_cast<const adaclip::StepRule*>(rules),
+        reinterpret_cast<const int32_t*>(tiles),       tile_count};
+    py::gil_scoped_release unlocked;
+    // This runtime is linked statically: its current device is not that of torch's.
+    check(cudaSetDevice(device));
+    check(adaclip::cuda::noisy_step(noise, table, reinterpret_cast<cudaStream_t>(stream)));
+  });
+}
+#endif
 
 }  // namespace
 
@@ -278,4 +336,12 @@ PYBIND11_MODULE(_core, m) {
                                  reinterpret_cast<float*>(dx), reinterpret_cast<float*>(dgamma),
                                  reinterpret_cast<float*>(dbeta), threads);
   });
+
+  m.attr("CUDA_NOTE") = ADACLIP_CUDA_NOTE;  // what the kernels are compiled for, or why they are not
+#ifdef ADACLIP_WITH_CUDA
+  m.attr("CUDA_BUILT") = true;
+  bind_cuda(m.def_submodule("cuda"));
+#else
+  m.attr("CUDA_BUILT") = false;
+#endif
 }

@@ -23,6 +23,7 @@ def test_doctor_reports_and_tests(capsys):
         "C++ core: loaded",
         "SIMD:",
         "torch threads:",
+        "CUDA kernels: ",
         "CUDA:",
         "optional medmnist:",
     ):
@@ -53,6 +54,15 @@ def test_doctor_is_plain_about_gpus(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Big GPU")
     lines = doctor._lines(doctor.examine())
     assert any("Big GPU" in line and "reference backend" in line for line in lines)
+
+
+def test_doctor_says_whether_cuda_kernels_are_built():
+    report = doctor.examine()
+    assert report["core"]["cuda"]["note"]
+    report["core"]["cuda"] = {"built": False, "note": "nvcc was not found"}
+    assert "CUDA kernels: not built: nvcc was not found (README, Build with CUDA)" in doctor._lines(report)
+    report["core"]["cuda"] = {"built": True, "note": "nvcc 13.0"}
+    assert "CUDA kernels: built by nvcc 13.0" in doctor._lines(report)
 
 
 def test_alternating_takes_turns():
