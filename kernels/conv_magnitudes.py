@@ -138,3 +138,20 @@ def _tiling(positions: int, members: int, by_channel: bool) -> tuple[int, int]:
     return tuple(
         min(most, triton.next_power_of_2(n)) for most, n in zip(wide, (positions, members), strict=True)
     )
+
+
+def aot() -> list[Variant]:
+    made = []
+    for dtype, inner in (("bf16", "channel"), ("fp32", "channel"), ("fp16", "position")):
+        tile, lanes = _tiling(1024, 64, inner == "channel")
+        constants = {"POSITIONS": tile, "CHANNELS": lanes, f"t_{inner}": 1}
+        sizes = [n for n in _position_norms.arg_names if n not in ("t", "out", "growth", "guard", *constants)]
+        signature = {"t": f"*{dtype}", "out": "*fp32", "growth": "fp32", "guard": "fp32"}
+        signature |= dict.fromkeys(sizes, "i32")
+        aligned = ("t_row", "t_channel", "t_position", "members", "positions")
+        divisible = tuple(n for n in aligned if n in sizes)
+        label = f"{dtype}, {inner} innermost"
+        made.append(Variant(_position_norms, signature, constants, label=label, divisible=divisible))
+    sizes = [n for n in _sum_of_taps.arg_names if n not in ("x_norms", "g_norms", "out", "BLOCK")]
+    signature = {"x_norms": "*fp32", "g_norms": "*fp32", "out": "*fp64"} | dict.fromkeys(sizes, "i32")
+    return [*made, Variant(_sum_of_taps, signature, {"BLOCK": 256})]

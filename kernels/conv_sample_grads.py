@@ -92,17 +92,16 @@ def _sample_grads(
         source = ((top * width + left) * x_position)[:, None] + d_step[None, :]
         acc = product(a, tl.load(x_at + source, mask=hit, other=0.0), acc, PRECISION)
     if kept is not None:
-        at = kept + item * g_members * depth + (o * depth)[:, None] + d[None, :]
-        tl.store(at, acc, mask=o_in[:, None] & d_in[None, :])
-    if rows is not None:
-        if tile % across == 0:
-            total = tl.zeros([OUT], tl.float32)
-            for first in range(0, positions, POSITIONS):
-                t = first + lane
-                mask = o_in[:, None] & (t < positions)[None, :]
-                at = g_at + (o * g_channel)[:, None] + (t * g_position)[None, :]
-                total += tl.sum(tl.load(at, mask=mask, other=0.0).to(tl.float32), 1)
-            tl.store(rows + item * g_members + o, total, mask=o_in)
+        kept += item * g_members * depth
+        tl.store(kept + (o * depth)[:, None] + d[None, :], acc, mask=o_in[:, None] & d_in[None, :])
+    if rows is not None and tile % across == 0:
+        total = tl.zeros([OUT], tl.float32)
+        for first in range(0, positions, POSITIONS):
+            t = first + lane
+            mask = o_in[:, None] & (t < positions)[None, :]
+            at = g_at + (o * g_channel)[:, None] + (t * g_position)[None, :]
+            total += tl.sum(tl.load(at, mask=mask, other=0.0).to(tl.float32), 1)
+        tl.store(rows + item * g_members + o, total, mask=o_in)
     squares = tl.sum(acc * acc, 1).to(tl.float64)
     tl.store(parts + tl.program_id(0), tl.sum(squares, 0) * growth + OUT * DEPTH * 2.0**-125)
 
@@ -119,7 +118,30 @@ def conv_sample_grads(
     keep: bool,
     bias: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    geometry = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    """(sqnorms float64 [B], kept float32 [B, Cout, Cin/groups, kh, kw] or None, rows float32 [B, Cout] or None).
+
+    x [B, Cin, H, W], g [B, Cout, H', W'], both float32, bfloat16 or float16, each contiguous or channels_last (anything
+    else is copied); fewer than 2^31 values in a sample. rows: `sum_t g_t`, with `bias`.
+
+    With keep, sqnorms are upper bounds of the squared norms of `kept` as stored, at most (DEPTH + 8) 2^-23 above; without,
+    of those of the exact gradients. A sample that is not finite gets a norm that is not, and touches no other.
+
+    `kept` lies in memory as the weight's own layout would: [B, Cout, kh, kw, Cin/groups] for a channels_last x, whose
+    loads and stores then go along channels, contiguous for a contiguous one. Either way a sample is one run of memory.
+
+    The bounds, with u = 2^-23. A sum of squares adds DEPTH of them in float32 and then goes on in float64:
+    1 + (DEPTH + 8) u times it, plus 2^-125 for each square that underflows, is at least the exact one. The gradient's
+    entries are sums of T products, so in the Frobenius norm they are off by at most (e^(n_T u) - 1) sqrt(M), n_T the units
+    of `products.roundings` and M of `conv_magnitudes`: entry (o, c, tap) of the absolute values' product is squared
+    and summed over o and c to `sum_tap (sum_t |g_t| |x_pos|)^2` at most, by Cauchy-Schwarz. Not keeping adds that to the norm.
+    """
+    geometry = {
+        "kernel": kernel,
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        "groups": groups,
+    }
     sqnorms, kept, rows = _form(x, g, keep=keep, bias=bias, **geometry)
     if not keep:
         sqnorms = _of_exact(sqnorms, conv_magnitudes(x, g, **geometry), g)
@@ -159,7 +181,7 @@ def _form(
     inner = (*kernel, x_members) if tap_first else (x_members, *kernel)
     kept = x.new_empty(batch, out_channels, *inner, dtype=torch.float32) if keep else None
     rows = x.new_empty(batch, out_channels, dtype=torch.float32) if bias else None
-    tiling = _tiling(g_members, x_members * taps, positions, x.dtype)
+    tiling = _tiling(g_members, x_members * taps, positions, x.dtype, tap_first)
     warps = tiling.pop("num_warps")
     tiles = triton.cdiv(g_members, tiling["OUT"]) * triton.cdiv(x_members * taps, tiling["DEPTH"])
     parts = x.new_empty(batch, groups * tiles, dtype=torch.float64)
@@ -181,10 +203,58 @@ def _form(
     return parts.sum(1), kept, rows
 
 
-def _tiling(out: int, depth: int, positions: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tiles of up to 128 x 128, no larger than the gradient."""
+def _tiling(out: int, depth: int, positions: int, dtype: torch.dtype, tap_first: bool) -> dict[str, int]:
+    """Tiles of up to 128 x 128, no larger than the gradient, in the longest steps that spill nothing.
+
+    Where neighbors of d are no neighbors in memory every value has an address of its own, which takes registers.
+    """
     rows = min(128, max(16, triton.next_power_of_2(out)))
-    columns = min(128, max(16, triton.next_power_of_2(depth)))
-    step = min(64 if dtype != torch.float32 else 32, max(16, triton.next_power_of_2(positions)))
-    warps = max(1, min(8, rows * columns // 2048))
+    columns = min(128 if tap_first else 64, max(16, triton.next_power_of_2(depth)))
+    step = (64 if tap_first else 32) if dtype != torch.float32 else 16
+    step = min(step, max(16, triton.next_power_of_2(positions)))
+    warps = 8 if rows * columns >= 1 << 14 else 4 if rows * columns >= 1 << 11 else 1
     return {"OUT": rows, "DEPTH": columns, "POSITIONS": step, "num_warps": warps}
+
+
+def aot() -> list[Variant]:
+    # VGG's first layers: 3 -> 64 and 64 -> 64 at 32 x 32, and 64 -> 128 at 16 x 16.
+    first, second, third = (3, 64, 1024), (64, 64, 1024), (64, 128, 256)
+    cases = [("bf16", *first, True, True), ("bf16", *second, True, True), ("bf16", *third, True, False)]
+    cases += [("fp32", *first, True, True), ("fp32", *second, True, True), ("fp32", *third, True, False)]
+    cases += [("bf16", *second, False, True), ("fp32", *first, False, True), ("fp16", *second, True, False)]
+    return [_variant(*case) for case in cases]
+
+
+def _variant(
+    dtype: str, x_members: int, out: int, positions: int, channels_last: bool, keep: bool
+) -> Variant:
+    """A 3 x 3 convolution of a square image, padded by 1, with a bias if gradients are kept."""
+    torch_dtype = torch.float32 if dtype == "fp32" else torch.bfloat16
+    tiling = _tiling(out, 9 * x_members, positions, torch_dtype, channels_last)
+    warps = tiling.pop("num_warps")
+    inner = "channel" if channels_last else "position"
+    ones = [f"{n}_{axis}" for n in ("stride", "padding", "dilation") for axis in "yx"]
+    constants = tiling | dict.fromkeys([*ones, f"x_{inner}", f"g_{inner}"], 1) | {"PRECISION": PRECISION}
+    constants |= {"X_MEMBERS": x_members, "KERNEL_WIDTH": 3, "TAPS": 9, "TAP_FIRST": channels_last}
+    pointers = {"x": dtype, "g": dtype, "parts": "fp64"}
+    pointers |= {"kept": "fp32", "rows": "fp32"} if keep else {}
+    constants |= {} if keep else {"kept": None, "rows": None}
+    sizes = [n for n in _sample_grads.arg_names if n not in (*constants, *pointers, "growth")]
+    signature = (
+        {n: f"*{kind}" for n, kind in pointers.items()} | dict.fromkeys(sizes, "i32") | {"growth": "fp32"}
+    )
+    aligned = [
+        "x_row",
+        "g_row",
+        "g_members",
+        "positions",
+        "g_channel",
+        "g_position",
+        "height",
+        "width",
+        "out_width",
+    ]
+    aligned += [f"x_{n}" for n in ("channel", "position") if not channels_last or x_members % 16 == 0]
+    label = f"{dtype}, {x_members} -> {out} channels, {positions} positions, {inner} innermost, keep={keep}"
+    divisible = tuple(n for n in aligned if n in sizes)
+    return Variant(_sample_grads, signature, constants, warps, hot=True, label=label, divisible=divisible)

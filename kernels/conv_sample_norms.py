@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -18,10 +16,8 @@ __all__ = ["conv_sample_norms"]
 # Above this many positions a Gram matrix is no longer what a cache holds (1 MiB), nor the cheaper way.
 _LARGEST = 512
 
+# Bytes of scratch at a time, about what L2 holds.
 _SCRATCH = 1 << 26
-
-# What the cost model counts in multiply-adds... 
-_SHIFT, _READ = 160, 350
 
 
 @triton.jit
@@ -40,7 +36,7 @@ def _corner(position, live, out_width, stride_y, stride_x, padding_y, padding_x)
 @triton.jit
 def _inside(coordinate, size):
     """0 <= coordinate < size, in one comparison."""
-    return coordinate.to(tl.uint32, bitcast=True) < size.to(tl.uint32)
+    return coordinate.to(tl.uint32, bitcast=True) < tl.cast(size, tl.uint32)
 
 
 @triton.jit
@@ -142,7 +138,6 @@ def _shifted_gram(
         row_in = (row_slot < PACK) & (position < g_positions) & (first_sample + row_slot < batch)
         row_at = g_at + row_slot.to(tl.int64) * g_row + position * g_position
         row_top, row_left = _corner(position, row_in, out_width, stride_y, stride_x, padding_y, padding_x)
-        row_corner = (row_slot * X_SLOT + row_top * width + row_left) * X_ROWS
         for j in range(i, G_TILES):
             # Columns come first: along them the scratch is contiguous, and neighboring threads take
             # neighbors of the first dimension where the compiler sees no contiguity.
@@ -154,7 +149,6 @@ def _shifted_gram(
             column_top, column_left = _corner(
                 position, column_in, out_width, stride_y, stride_x, padding_y, padding_x
             )
-            column_corner = column_slot * X_SLOT + column_top * width + column_left
             s = tl.zeros([G_TILE, G_TILE], tl.float32)
             for first in range(0, g_members, CHANNELS):
                 c = first + c_lane
@@ -173,11 +167,14 @@ def _shifted_gram(
             for tap in range(taps):
                 down = tap // kernel_width * dilation_y
                 right = tap % kernel_width * dilation_x
-                step = down * width + right
-                hit = _inside(row_top + down, height) & _inside(row_left + right, width)
-                row_source = tl.where(hit, row_corner + step * X_ROWS, -(2**30))
-                hit = _inside(column_top + down, height) & _inside(column_left + right, width)
-                column_source = tl.where(hit, column_corner + step, -(2**30))
+                y = row_top + down
+                z = row_left + right
+                hit = _inside(y, height) & _inside(z, width)
+                row_source = tl.where(hit, (row_slot * X_SLOT + y * width + z) * X_ROWS, -(2**30))
+                y = column_top + down
+                z = column_left + right
+                hit = _inside(y, height) & _inside(z, width)
+                column_source = tl.where(hit, column_slot * X_SLOT + y * width + z, -(2**30))
                 source = column_source[:, None] + row_source[None, :]
                 shifted += tl.load(k + source, mask=source >= 0, other=0.0)
             # Pairs of two samples, and the half that symmetry gives, are dropped and not multiplied by 0: they
@@ -219,53 +216,75 @@ def conv_sample_norms(
     dilation: tuple[int, int],
     groups: int,
 ) -> tuple[Tensor, Tensor]:
+    """(sqnorms, magnitudes), both float64 [B], of the per-sample weight gradients of a convolution.
+
+    x [B, Cin, H, W], g [B, Cout, H', W'], both float32, bfloat16 or float16, each contiguous or channels_last (anything
+    else is copied); fewer than 2^31 values in a sample. The extent of g says how far the image is padded behind.
+
+    sqnorms are upper bounds of the exact squared norms; magnitudes are at least
+    `M = reference.position_norms_product`, and above it by a relative (Cin + Cout + 90) 2^-22 of one group at most,
+    plus what `products.GUARD` adds to the norms. A sample that is not finite gets norms that are not and touches
+    no other. Bits depend on the sample, its place in a pack and the sizes of one sample.
+
+    With K = X'X over positions of the image and S = G'G over those of the output, both symmetric,
+
+        |gradient|^2 = sum_{t,t'} S[t,t'] sum_tap K[pos(t, tap), pos(t', tap)].
+
+    K's half is written to a scratch that one program owns and reads back shifted, tap by tap: at 8 x 8 the 16 KiB
+    lie in L1, at 16 x 16 those of all programs in L2. Shifting in registers (`tl.gather`, twice per tap) takes
+    2.5 times the instructions and twice the registers, and cannot hold a second tile. Images of more than 512 positions take
+    `instantiated_norms`: there the gradient is the cheaper way for all but very many channels.
+
+    The bound. With u = 2^-23 and n_x, n_g the units of `products.roundings`, K[s,s'] is off by n_x u |x_s| |x_s'| and
+    S[t,t'] by n_g u |g_t| |g_t'|. Adding up the taps in float32 costs one unit for each, the product with S and
+    its weight 2 one more, and the sum over a row of a tile G_TILE of them, all relative to the sum of absolute values;
+    what follows is in float64. As sum_{t,t'} |g_t| |g_t'| sum_tap |x_pos| |x_pos'| = M,
+
+        |computed - exact| <= (e^((n_x + n_g + taps + G_TILE + 4) u) - 1) M + T^2 taps 2^-120,
+
+    the last term for products that underflow. sqnorms are the computed sums plus this bound.
+    """
     batch, (height, width), (out_height, out_width) = x.shape[0], x.shape[2:], g.shape[2:]
     x_positions, g_positions, taps = height * width, out_height * out_width, kernel[0] * kernel[1]
     x_members, g_members = x.shape[1] // groups, g.shape[1] // groups
-    geometry = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    if not _gram_is_cheaper(x_positions, g_positions, x_members, g_members, taps):
-        return instantiated_norms(x, g, **geometry)
+    if max(x_positions, g_positions) > _LARGEST:
+        geometry = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        return instantiated_norms(x, g, kernel=kernel, **geometry)
     out = x.new_empty(2, batch, groups, dtype=torch.float64)
-    if out.numel() == 0 or x_positions * g_positions * x_members * g_members == 0:
-        return out.zero_().sum(2).unbind()
+    if batch * x_positions * g_positions * x_members * g_members == 0:
+        return x.new_zeros(batch, dtype=torch.float64), x.new_zeros(batch, dtype=torch.float64)
     tiling = _tiling(x_positions, g_positions, x.dtype)
-    pack, warps = tiling["PACK"], tiling.pop("num_warps")
-    side, length = tiling["X_TILES"] * tiling["X_TILE"], tiling["G_TILES"] * tiling["G_TILE"]
     (x, x_steps), (g, g_steps) = flat_image(x), flat_image(g)
-    roundings_of_one = roundings(x_members, x.dtype) + roundings(g_members, g.dtype)
-    items = triton.cdiv(batch, pack) * groups
+    side, length = tiling["X_TILES"] * tiling["X_TILE"], tiling["G_TILES"] * tiling["G_TILE"]
+    items = triton.cdiv(batch, tiling["PACK"]) * groups
     programs = min(items, max(1, _SCRATCH // (4 * side * side)))
     k = x.new_empty(programs, side, side, dtype=torch.float32)
     norms = x.new_empty(programs, side + length, dtype=torch.float32)
+    terms = roundings(x_members, x.dtype) + roundings(g_members, g.dtype) + taps + tiling["G_TILE"] + 4
+    # One launch after the other, so that they can share the scratch.
     for first in range(0, items, programs):
         _shifted_gram[(min(programs, items - first),)](
             *(x, g, k, norms, out, batch, groups, first, *x_steps, *g_steps),
             *(height, width, out_width, x_positions, g_positions, kernel[1], taps),
             *(*stride, *padding, *dilation, x_members, g_members),
             *(growth(x_members, x.dtype), x_members * GUARD, growth(g_members, g.dtype), g_members * GUARD),
-            rounding(roundings_of_one + taps + tiling["G_TILE"] + 4),
-            g_positions**2 * taps * 2.0**-120,
+            *(rounding(terms), g_positions**2 * taps * 2.0**-120),
             **tiling,
             PRECISION=PRECISION,
-            num_warps=warps,
         )
-    return out.unbind() if False else tuple(out.sum(2)) if groups > 1 else tuple(out.squeeze(2))
-
-
-def _gram_is_cheaper(x_positions: int, g_positions: int, x_members: int, g_members: int, taps: int) -> bool:
-    if max(x_positions, g_positions) > _LARGEST:
-        return False
-    gram = x_positions**2 * x_members + g_positions**2 * (g_members + _SHIFT * taps / 2)
-    formed = 2 * g_positions * g_members * x_members * taps
-    return gram <= formed + _READ * (x_positions * x_members + g_positions * g_members)
+    sqnorms, magnitudes = out.sum(2) if groups > 1 else out.squeeze(2)
+    return sqnorms, magnitudes
 
 
 def _tiling(x_positions: int, g_positions: int, dtype: torch.dtype) -> dict[str, int]:
+    """The kernel's sizes. Images of up to 8 positions are packed, so that a tile of 16 is not mostly empty."""
     slots = [triton.next_power_of_2(n) for n in (x_positions, g_positions)]
     pack = max(1, 16 // max(slots))
-    tiles = [min(64, max(16, pack * n)) for n in slots]
-    counts = [triton.cdiv(pack * n, t) if pack == 1 else 1 for n, t in zip((x_positions, g_positions), tiles)]
+    tiles = [min(64, max(16, pack * slot)) for slot in slots]
+    counts = [triton.cdiv(n, tile) for n, tile in zip((x_positions, g_positions), tiles, strict=True)]
     largest = max(tiles)
+    # The longest steps that spill nothing: three TF32 products keep more in registers.
+    channels = {16: 32, 32: 32, 64: 16}[largest] if dtype == torch.float32 else 64
     return {
         "PACK": pack,
         "X_SLOT": slots[0],
@@ -274,6 +293,42 @@ def _tiling(x_positions: int, g_positions: int, dtype: torch.dtype) -> dict[str,
         "G_TILE": tiles[1],
         "X_TILES": counts[0],
         "G_TILES": counts[1],
-        "CHANNELS": 64 if largest == 16 and dtype != torch.float32 else 32,
+        "CHANNELS": channels,
         "num_warps": {16: 1, 32: 4, 64: 8}[largest],
     }
+
+
+def aot() -> list[Variant]:
+    cases = [("bf16", n, "channel") for n in (256, 64, 16, 4)] + [
+        ("fp32", n, "channel") for n in (256, 64, 16)
+    ]
+    cases += [("bf16", 256, "position"), ("fp32", 64, "position"), ("fp16", 16, "position")]
+    return [_variant(*case) for case in cases]
+
+
+def _variant(dtype: str, positions: int, inner: str) -> Variant:
+    """A 3 x 3 convolution of a square image, padded by 1."""
+    tiling = _tiling(positions, positions, torch.float32 if dtype == "fp32" else torch.bfloat16)
+    warps = tiling.pop("num_warps")
+    floats = ("x_growth", "x_guard", "g_growth", "g_guard", "rounding", "floor")
+    pointers = {"x": dtype, "g": dtype, "k": "fp32", "norms": "fp32", "out": "fp64"}
+    ones = [f"{n}_{axis}" for n in ("stride", "padding", "dilation") for axis in "yx"]
+    constants = tiling | dict.fromkeys([*ones, f"x_{inner}", f"g_{inner}"], 1) | {"PRECISION": PRECISION}
+    sizes = [n for n in _shifted_gram.arg_names if n not in (*constants, *pointers, *floats)]
+    signature = {n: f"*{kind}" for n, kind in pointers.items()}
+    signature |= dict.fromkeys(sizes, "i32") | dict.fromkeys(floats, "fp32")
+    aligned = [
+        "x_row",
+        "g_row",
+        "x_members",
+        "g_members",
+        "x_channel",
+        "g_channel",
+        "x_position",
+        "g_position",
+    ]
+    if positions % 16 == 0:
+        aligned += ["x_positions", "g_positions"]
+    label = f"{dtype}, {positions} positions, {inner} innermost"
+    divisible = tuple(n for n in aligned if n in sizes)
+    return Variant(_shifted_gram, signature, constants, warps, hot=True, label=label, divisible=divisible)

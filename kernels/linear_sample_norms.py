@@ -36,7 +36,17 @@ def _product_of_norms(a, g, out, a_width, g_width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _gram_tile(x_at, y_at, x_in, y_in, width, SAME: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+def _gram_tile(
+    x_at,
+    y_at,
+    x_in,
+    y_in,
+    width,
+    SAME: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """x y' of two sets of TILE rows, which SAME says are one."""
     lane = tl.arange(0, BLOCK)
     acc = tl.zeros([TILE, TILE], tl.float32)
@@ -97,7 +107,7 @@ def _gram_rows(
             s = _gram_tile(g_row, g_column, row_in, column_in, g_width, False, TILE, BLOCK, PRECISION)
             total += 2 * tl.sum(tl.sum(k * s, 1).to(tl.float64), 0)
     tl.store(out + tl.program_id(0), total)
-    at = out + batch.to(tl.int64) * tiles + tl.program_id(0)
+    at = out + tl.cast(batch, tl.int64) * tiles + tl.program_id(0)
     tl.store(at, tl.sum(tl.where(row_in, norms, 0.0), 0))
 
 
@@ -128,7 +138,9 @@ def linear_sample_norms(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     if positions == 1:
         out = a.new_empty(batch, dtype=torch.float64)
         block = min(1024, triton.next_power_of_2(max(a_width, g_width)))
-        _product_of_norms[(batch,)](a, g, out, a_width, g_width, BLOCK=block, num_warps=1 if block < 1024 else 4)
+        _product_of_norms[(batch,)](
+            a, g, out, a_width, g_width, BLOCK=block, num_warps=1 if block < 1024 else 4
+        )
         return out, out.clone()
     if positions * (a_width + g_width) > 2 * a_width * g_width:
         return instantiated_norms(_as_image(a), _as_image(g), **_POINTWISE)
@@ -170,4 +182,31 @@ def _as_image(t: Tensor) -> Tensor:
 def _tiling(positions: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """(positions of a tile, channels of a step, warps)."""
     tile = min(64, max(16, triton.next_power_of_2(positions)))
-    return tile, 64 if dtype != torch.float32 else 32, {16: 1, 32: 4, 64: 4}[tile]
+    # The longest steps that spill nothing: three TF32 products keep more in registers.
+    block = {16: 32, 32: 32, 64: 16}[tile] if dtype == torch.float32 else 64
+    return tile, block, {16: 1, 32: 4, 64: 8 if dtype == torch.float32 else 4}[tile]
+
+
+def aot() -> list[Variant]:
+    made = []
+    for dtype, torch_dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        pointers = {"a": f"*{dtype}", "g": f"*{dtype}", "out": "*fp64"}
+        widths = dict.fromkeys(("a_width", "g_width"), "i32")
+        made.append(
+            Variant(
+                _product_of_norms, pointers | widths, {"BLOCK": 1024}, label=dtype, divisible=("a_width",)
+            )
+        )
+        floats = dict.fromkeys(("a_growth", "a_guard", "g_growth", "g_guard"), "fp32")
+        sizes = dict.fromkeys(("batch", "positions", "tiles"), "i32")
+        for positions in (16, 256):
+            tile, block, warps = _tiling(positions, torch_dtype)
+            constants = {"ONE_TILE": positions <= tile, "TILE": tile, "BLOCK": block, "PRECISION": PRECISION}
+            signature = pointers | sizes | widths | floats
+            label = f"{dtype}, {positions} positions"
+            made.append(
+                Variant(
+                    _gram_rows, signature, constants, warps, label=label, divisible=("a_width", "g_width")
+                )
+            )
+    return made
