@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from adaclip.engine import PrivacyEngine
 
-__all__ = ["clipped_sum", "private_step", "relative_error", "sample_grads", "square_loss"]
+__all__ = ["clipped_sum", "mend_interpreter", "private_step", "relative_error", "sample_grads", "square_loss"]
 
 
 def relative_error(ours: Tensor, truth: Tensor) -> float:
@@ -91,3 +92,17 @@ def private_step(
         return {n: t.detach().clone() for n, t in sums.items()}, norms
     finally:
         engine.detach(model)
+
+
+@functools.cache
+def mend_interpreter() -> None:
+    """Let loops have run-time bounds in the interpreter of Triton 3.6 with NumPy 2.4 (triton-lang/triton#9171)."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def mended(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = mended

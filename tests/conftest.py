@@ -4,7 +4,6 @@ Triton reads TRITON_INTERPRET when it is imported and whenever a kernel is defin
 anything that imports triton.
 """
 
-import functools
 import importlib.util
 import os
 
@@ -15,11 +14,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from core_calls import LEVELS, simd
-from tiny_runs import SETTINGS, write_mnist
 
-from adaclip.runs import RunFolder
-from adaclip.train import Training
-from adaclip.train_sources import resolve
+from adaclip.testing import mend_interpreter
 
 torch.manual_seed(0)  # for the modules that parameter lists make while tests are collected
 
@@ -36,20 +32,6 @@ def simd_level(request):
         yield request.param
 
 
-@functools.cache
-def _mend_interpreter():
-    """Let loops have run-time bounds in the interpreter of Triton 3.6 with NumPy 2.4 (triton-lang/triton#9171)."""
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def mended(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = mended
-
-
 @pytest.fixture
 def gpu_or_interpreter():
     """The device that Triton kernels run on: the GPU, or without one the CPU, in Triton's interpreter.
@@ -59,7 +41,7 @@ def gpu_or_interpreter():
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     if not torch.cuda.is_available():
-        _mend_interpreter()
+        mend_interpreter()
     on = torch.are_deterministic_algorithms_enabled()
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
@@ -90,12 +72,20 @@ def one_thread():
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     """A folder with a data set of 200 random digits."""
+    # Imports what reads data sets, which a machine that only runs the tests of kernels need not have.
+    from tiny_runs import write_mnist
+
     return write_mnist(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
 def tiny_run(digits):
     """Makes a training of a few seconds: tiny_run(run_folder, setting=value, …)."""
+    from tiny_runs import SETTINGS
+
+    from adaclip.runs import RunFolder
+    from adaclip.train import Training
+    from adaclip.train_sources import resolve
 
     def make(path, **settings):
         config = resolve(SETTINGS | {"data_dir": str(digits)} | settings)
