@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 # With .venv/bin in front: the build calls the cmake and ninja that were installed there.
 PIP := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CORE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
-FORMATTED := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
+FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: train mnist test bench lint format clean
 
