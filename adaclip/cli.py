@@ -123,6 +123,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     from adaclip.allocator import keep_freed_memory
+    from adaclip.backends import kernels_on
     from adaclip.runs import RunFolder
 
     keep_freed_memory()
@@ -140,6 +141,7 @@ def _train(args: argparse.Namespace) -> int:
             f"{training.total} steps; run folder {folder}",
             file=sys.stderr,
         )
+        print(f"kernels on {training.device.type}: {kernels_on(training.device)}", file=sys.stderr)
     try:
         summary = training.run(quiet=args.quiet)
     except OSError as error:

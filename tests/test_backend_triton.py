@@ -1,5 +1,8 @@
 """Whole private steps through the Triton kernels: on a GPU where there is one, else in Triton's interpreter."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 from small_engine import KEY
@@ -14,8 +17,8 @@ from adaclip.smoothing import NoiseCorrectedNadam, SmoothedLoss
 from adaclip.update import noisy_update
 
 CLASSES = 3
-EXAMPLES = 24
-SIZE = 6
+EXAMPLES = 16
+SIZE = 4
 
 
 def vgg():
@@ -28,7 +31,7 @@ def vgg():
         nn.Conv2d(4, 6, 3, padding=1),
         nn.ReLU(),
         nn.Flatten(),
-        nn.Linear(6 * 9, CLASSES),
+        nn.Linear(6 * 4, CLASSES),
     )
 
 
@@ -57,7 +60,7 @@ def run(backend, device, make_optimizer, options, steps=2, sigma=0.9, model=None
     model, optimizer, loader = PrivacyEngine().make_private(
         module=model,
         optimizer=make_optimizer(model.parameters()),
-        data_loader=DataLoader(TensorDataset(x, y), batch_size=6),
+        data_loader=DataLoader(TensorDataset(x, y), batch_size=4),
         noise_multiplier=sigma,
         noise_generator=KEY,
         backend=backend,
@@ -150,7 +153,7 @@ def test_views_are_summed_inside_the_norm(gpu_or_interpreter):
     device = gpu_or_interpreter
     found = []
     for backend, where in (("triton", device), ("cpp", torch.device("cpu"))):
-        model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, stride=2), nn.Flatten(), nn.Linear(36, CLASSES))
+        model = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, stride=2), nn.Flatten(), nn.Linear(16, CLASSES))
         torch.manual_seed(2)
         for p in model.parameters():
             nn.init.normal_(p, std=0.3)
@@ -181,3 +184,24 @@ def test_a_named_backend_that_cannot_run_says_why(monkeypatch):
 
 def test_the_interpreter_is_never_chosen_by_itself(gpu_or_interpreter):
     assert set(backends.describe("cpu").values()) == {"cpp"}
+
+
+def test_what_tuning_measures_is_checked_first(gpu_or_interpreter):
+    path = Path(__file__).parents[1] / "bench" / "tune_backends.py"
+    spec = importlib.util.spec_from_file_location("tune_backends", path)
+    tune = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tune)
+    rng = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(2, c, 4, 4, generator=rng).to(gpu_or_interpreter) for c in (1, 3))
+    factors = torch.tensor([0.5, 1.0], device=gpu_or_interpreter)
+    found = tune.ways(x, g, factors)
+    assert {"triton gram", "instantiate", "keep"} <= found.keys()
+    sums = []
+    for name, (entry, norms, whole) in found.items():
+        assert tune.wrong(norms(), x, g) is None, name
+        assert tune.wrong(0.9 * norms(), x, g).startswith("norms are below")
+        assert tune.wrong(1.2 * norms(), x, g).startswith("norms are above")
+        assert entry["keep"] == (name == "keep")
+        sums.append(whole())
+    for total in sums[1:]:
+        torch.testing.assert_close(total, sums[0], rtol=1e-4, atol=1e-4)

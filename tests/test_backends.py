@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from adaclip import reference, update
-from adaclip.backends import ConvGeometry, choice, cudnn_grads, describe
+from adaclip.backends import ConvGeometry, Key, choice, cuda, cudnn_grads, describe, kernels_on, support
 from adaclip.backends.device_table import step_table
 from adaclip.backends.planes import as_planes
 from adaclip.layers.base import rounding_bound
 from adaclip.noise import checked_std
 from adaclip.smoothing import DPAdamBC, NoiseCorrectedNadam
+from adaclip.step_rule import FusedStep
 
 CONVOLUTIONS = [
     # (x, Cout, geometry)
@@ -176,7 +177,7 @@ def test_a_measured_class_overrules_the_cost_model(tmp_path, monkeypatch):
     path = tmp_path / "table.json"
     path.write_text(json.dumps({"entries": {"sm_90": {kind: {"way": "instantiate", "keep": False}}}}))
     monkeypatch.setattr(choice, "_entries", lambda: choice.read_table(path))
-    monkeypatch.setattr(choice, "_architecture", lambda device: "sm_90")
+    monkeypatch.setattr(choice, "architecture", lambda device: "sm_90")
     there = torch.device("cuda", 0)
     assert choice.conv_method(there, (8, 8), 200, 256, geometry, torch.float32) == ("instantiate", False)
     assert choice.conv_method(there, (8, 8), 200, 256, geometry, torch.bfloat16) == ("gram", False)
@@ -184,6 +185,7 @@ def test_a_measured_class_overrules_the_cost_model(tmp_path, monkeypatch):
 
 def test_what_runs_where_can_be_printed():
     assert set(describe("cpu").values()) == {"cpp"}
+    assert kernels_on("cpu") == "cpp for everything"
     assert set(describe("cpu", "reference").values()) == {"reference"}
     assert "CUDA" in describe("cpu", "cuda")["noisy_step"]
 
@@ -233,3 +235,32 @@ def test_a_table_is_made_once_for_its_parameters():
     assert first.pointers[0, 1] == params[0].grad.data_ptr()
     assert first.rules[0, 0] == torch.tensor(0.3)
     assert step_table(update._fused_step(optimizer, params[:1], [0.3])[0]) is not first
+
+
+# --- CUDA C++ -------------------------------------------------------------------------------------------
+
+
+def test_strides_of_the_two_layouts():
+    x = torch.empty(2, 3, 4, 5)
+    assert cuda._strides(x) == (60, 20, 1)
+    assert cuda._strides(x.contiguous(memory_format=torch.channels_last)) == (60, 1, 3)
+    assert cuda._strides(torch.empty(2, 1, 4, 5)) == (20, 20, 1)
+    assert cuda._strides(torch.empty(2, 7, 1, 1)) == (7, 1, 1)
+
+
+@pytest.mark.skipif(
+    support.cuda_missing() is not None or torch.cuda.is_available(),
+    reason="the launch must get as far as asking for a GPU, and find none",
+)
+def test_the_bindings_take_what_they_are_handed(monkeypatch):
+    monkeypatch.setattr(cuda, "_place", lambda device: (-1, 0))
+    monkeypatch.setattr(cuda, "_refused", cuda._refused.__wrapped__)
+    x, g = torch.zeros(2, 3, 4, 4), torch.zeros(2, 5, 4, 4)
+    pairs = {"kernel": [3, 3], "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1]}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        with pytest.raises(RuntimeError, match="CUDA"):
+            cuda.gram(x.to(dtype), g.to(dtype), **pairs, groups=1)
+    assert [t.shape for t in cuda.gram(x[:0], g[:0], **pairs, groups=1)] == [(0,), (0,)]
+    step = FusedStep([(x, None, None, None)], [0], [(1.0,) * 14])
+    with pytest.raises(RuntimeError, match="CUDA"):
+        cuda.noisy_step(Key(bytes(32)), 1 << 63, 1, step)

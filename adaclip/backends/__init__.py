@@ -37,6 +37,7 @@ __all__ = [
     "check_backend",
     "describe",
     "implementation",
+    "kernels_on",
     "load",
     "resolve_backend",
     "why_not",
@@ -105,6 +106,16 @@ def implementation(
 def load(backend: str) -> ModuleType:
     """A backend's module. Those for GPUs are only imported when they are needed."""
     return importlib.import_module(f"adaclip.backends.{backend}")
+
+
+def kernels_on(device: torch.device | str) -> str:
+    """Which backend "auto" takes there for what, in one line; for tensors of the usual dtype and any shape."""
+    chosen: dict[str, list[str]] = {}
+    for operation, backend in describe(device).items():
+        chosen.setdefault(backend, []).append(operation)
+    if len(chosen) == 1:
+        return f"{next(iter(chosen))} for everything"
+    return "; ".join(f"{backend}: {', '.join(operations)}" for backend, operations in chosen.items())
 
 
 def describe(device: torch.device | str, backend: str = "auto") -> dict[str, str]:

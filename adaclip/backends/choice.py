@@ -28,7 +28,16 @@ import torch
 
 from adaclip.backends.values import ConvGeometry, Method
 
-__all__ = ["TABLE", "conv_class", "conv_method", "linear_class", "linear_method", "measured", "read_table"]
+__all__ = [
+    "TABLE",
+    "architecture",
+    "conv_class",
+    "conv_method",
+    "linear_class",
+    "linear_method",
+    "measured",
+    "read_table",
+]
 
 TABLE = Path(__file__).with_name("table.json")
 
@@ -50,7 +59,8 @@ def _entries() -> dict[str, dict[str, Any]]:
 
 
 @functools.cache
-def _architecture(device: torch.device) -> str:
+def architecture(device: torch.device) -> str:
+    """The name of a GPU's architecture in the table, "sm_90" for example."""
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
@@ -58,7 +68,7 @@ def measured(device: torch.device, shape_class: str) -> dict[str, Any] | None:
     """The table's entry for a class on that device's architecture, if it has one."""
     if device.type != "cuda":
         return None
-    return _entries().get(_architecture(device), {}).get(shape_class)
+    return _entries().get(architecture(device), {}).get(shape_class)
 
 
 def _power(n: int) -> int:

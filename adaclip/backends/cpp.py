@@ -22,6 +22,7 @@ __all__ = [
     "conv_grad_rounding",
     "conv_keeps",
     "conv_sample_norms",
+    "conv_sizes",
     "conv_weighted_grad",
     "follow_quantile",
     "group_norm_backward",
@@ -49,7 +50,7 @@ def _triple(values: Sequence[int], fill: int) -> tuple[int, int, int]:
     return (*[fill] * (3 - len(values)), *values)
 
 
-def _sizes(x_shape: Sequence[int], g_shape: Sequence[int], geometry: ConvGeometry) -> tuple:
+def conv_sizes(x_shape: Sequence[int], g_shape: Sequence[int], geometry: ConvGeometry) -> tuple:
     """The size arguments of the core's convolution functions: 1-D and 2-D with leading ones."""
     kernel, stride, padding, dilation, groups = geometry
     return (
@@ -68,7 +69,7 @@ def _sizes(x_shape: Sequence[int], g_shape: Sequence[int], geometry: ConvGeometr
 
 def conv_keeps(x: Tensor, out_channels: int, geometry: ConvGeometry) -> bool:
     g_shape = (x.shape[0], out_channels, *geometry.out(x.shape[2:]))
-    return _core.conv_method(*_sizes(x.shape, g_shape, geometry))[1]
+    return _core.conv_method(*conv_sizes(x.shape, g_shape, geometry))[1]
 
 
 def conv_sample_norms(
@@ -76,7 +77,7 @@ def conv_sample_norms(
 ) -> SampleNorms:
     b, cin, cout = x.shape[0], x.shape[1], g.shape[1]
     x, g = wide(x).contiguous(), wide(g).contiguous()
-    sizes = _sizes(x.shape, g.shape, geometry)
+    sizes = conv_sizes(x.shape, g.shape, geometry)
     method = _asked(Method(*_core.conv_method(*sizes)), keep)
     sqnorms, magnitudes = (x.new_empty(b, dtype=torch.float64) for _ in range(2))
     kept = x.new_empty(b, cout, cin // geometry.groups, *geometry.kernel) if method.keep else None
@@ -107,7 +108,7 @@ def conv_weighted_grad(
 ) -> Tensor:
     """Scales while it packs and skips products with padding; shapes that this does not suit go to torch."""
     x, g = wide(x), wide(g)
-    sizes = _sizes(x.shape, g.shape, geometry)
+    sizes = conv_sizes(x.shape, g.shape, geometry)
     if not _core.conv_weighted_grad_suits(*sizes):
         return plain.conv_weighted_grad(x, g, factors, weight, geometry)
     x, g, factors = x.contiguous(), g.contiguous(), factors.float().contiguous()

@@ -95,7 +95,8 @@ def _triton(operation: str, tensors: Sequence[Tensor | Like], planar: bool) -> s
 def _cuda(operation: str, tensors: Sequence[Tensor | Like], planar: bool) -> str | None:
     if operation not in CUDA_KERNELS:
         return _triton(operation, tensors, planar)
-    missing = cuda_missing()
+    # Convolutions of shapes that the CUDA kernel is not for are Triton's.
+    missing = cuda_missing() or (triton_missing() if operation == "conv_sample_norms" else None)
     if missing is not None:
         return missing
     for t in tensors:
@@ -133,11 +134,9 @@ def triton_missing() -> str | None:
 
 def cuda_missing() -> str | None:
     """Why there are no CUDA C++ kernels here; None if they are built."""
-    if not getattr(_core, "CUDA_BUILT", False):
-        return (
-            "adaclip was built without CUDA (ADACLIP_CUDA=ON pip install . needs nvcc; see `adaclip doctor`)"
-        )
-    return None
+    if _core.CUDA_BUILT:
+        return None
+    return f"adaclip was built without its CUDA kernels: {_core.CUDA_NOTE}"
 
 
 def interpreting() -> bool:

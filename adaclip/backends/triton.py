@@ -7,7 +7,7 @@ Gradients go in as they are: bfloat16, float16 or float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ __all__ = [
     "clip_factors",
     "conv_grad_rounding",
     "conv_keeps",
+    "conv_method",
     "conv_norms",
     "conv_sample_norms",
     "conv_weighted_grad",
@@ -55,17 +56,27 @@ def conv_sample_norms(
 ) -> SampleNorms:
     from adaclip.kernels.conv_sample_norms import conv_sample_norms
 
-    return conv_norms(conv_sample_norms, x, g, geometry, bias, keep)
+    return conv_norms(conv_sample_norms, x, g, geometry, bias, conv_method(x, g, geometry, keep))
+
+
+def conv_method(x: Tensor, g: Tensor, geometry: ConvGeometry, keep: bool | None) -> Method:
+    """How the norms are taken: the choice, under what the caller asks of it."""
+    if keep:
+        return Method("instantiate", True)
+    method = choice.conv_method(x.device, x.shape[2:], x.shape[1], g.shape[1], geometry, x.dtype)
+    return method if keep is None else Method(method.way, False)
 
 
 def conv_norms(
-    gram: Any, x: Tensor, g: Tensor, geometry: ConvGeometry, bias: bool, keep: bool | None
+    gram: Callable[..., tuple[Tensor, Tensor]],
+    x: Tensor,
+    g: Tensor,
+    geometry: ConvGeometry,
+    bias: bool,
+    method: Method,
 ) -> SampleNorms:
-    """Norms by the chosen method, where `gram` is the kernel of the shifted Gram."""
-    method = choice.conv_method(x.device, x.shape[2:], x.shape[1], g.shape[1], geometry, x.dtype)
-    method = _asked(method, keep)
-    inner = x.shape[1] // geometry.groups
-    shape = (x.shape[0], g.shape[1], inner, *geometry.kernel)
+    """Norms by a method, where `gram` is the kernel of the shifted Gram."""
+    shape = (x.shape[0], g.shape[1], x.shape[1] // geometry.groups, *geometry.kernel)
     x, g, geometry = as_planes(x, g, geometry)
     if method.keep:
         from adaclip.kernels.conv_sample_grads import conv_sample_grads
@@ -77,13 +88,6 @@ def conv_norms(
     sqnorms, magnitudes = gram(x, g, **geometry._asdict())
     rows = g.sum((2, 3), dtype=torch.float32) if bias else None
     return SampleNorms(sqnorms, magnitudes, None, rows)
-
-
-def _asked(method: Method, keep: bool | None) -> Method:
-    """The choice, under what the caller asks of it."""
-    if keep:
-        return Method("instantiate", True)
-    return method if keep is None else Method(method.way, False)
 
 
 def conv_weighted_grad(
