@@ -33,19 +33,21 @@ OPTIMIZERS = {
 
 
 class Case:
-    def __init__(self, name: str):
+    def __init__(self, name: str, channels: list[int] = CHANNELS, device: str = "cpu", backend: str = "auto"):
         generator = torch.Generator().manual_seed(0)
-        shapes = [s for a, b in itertools.pairwise(CHANNELS) for s in ((b, a, 3, 3), (b,))]
-        self.params = [nn.Parameter(torch.randn(s, generator=generator)) for s in (*shapes, (10, 512), (10,))]
+        shapes = [s for a, b in itertools.pairwise(channels) for s in ((b, a, 3, 3), (b,))]
+        shapes += [(10, channels[-1]), (10,)]
+        self.params = [nn.Parameter(torch.randn(s, generator=generator).to(device)) for s in shapes]
         for p in self.params:
-            p.grad = torch.randn(p.shape, generator=generator)
-        self.name = name
+            p.grad = torch.randn(p.shape, generator=generator).to(device)
+        self.name, self.backend = name, backend
         self.optimizer = OPTIMIZERS[name](self.params)
         self.source = NoiseSource()
         self.released = 0
 
     def ours(self, std: float = 1e-2) -> None:
-        noisy_update(self.optimizer, self.params, [std] * len(self.params), self.source, self.released)
+        stds = [std] * len(self.params)
+        noisy_update(self.optimizer, self.params, stds, self.source, self.released, backend=self.backend)
         self.released += 1
 
     def noise_then_step(self) -> None:

@@ -69,34 +69,45 @@ def grads(model: nn.Module, key: str = "grad") -> dict[str, torch.Tensor]:
 
 
 # Each maker returns (step, gradient): one whole step, and the clipped sum it would release without noise.
+# make: model -> optimizer. whole: model, optimizer -> a function of a batch, one step.
 
 
-def ordinary(model, x, y, noise):
-    optimizer = sgd(model)
+def itself(model: nn.Module) -> Callable:
+    return model
 
-    def step():
+
+def loop(model, optimizer, forward: Callable[[nn.Module], Callable] = itself):
+    """The body of an ordinary training loop. forward: what is called for the outputs (torch.compile, for one)."""
+    run = forward(model)
+
+    def one(x, y):
         optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
+        F.cross_entropy(run(x), y).backward()
         optimizer.step()
 
-    return step, None
+    return one
 
 
-def ours(model, x, y, noise):
+def ordinary(model, x, y, noise, *, make=sgd, whole=loop):
+    one = whole(model, make(model))
+    return lambda: one(x, y), None
+
+
+def ours(model, x, y, noise, *, make=sgd, whole=loop, **options):
     engine = PrivacyEngine()
     model, optimizer, loader = engine.make_private(
         module=model,
-        optimizer=sgd(model),
+        optimizer=make(model),
         data_loader=loader_of(x, y),
         noise_multiplier=noise,
         max_grad_norm=C,
+        **options,
     )
+    one = whole(model, optimizer)
 
     def step():
         for a, b in loader:
-            optimizer.zero_grad()
-            F.cross_entropy(model(a), b).backward()
-            optimizer.step()
+            one(a, b)
 
     def gradient():
         for a, b in loader:
@@ -108,14 +119,14 @@ def ours(model, x, y, noise):
     return step, gradient
 
 
-def opacus(model, x, y, noise, mode="hooks"):
+def opacus(model, x, y, noise, mode="hooks", *, make=sgd):
     from opacus import PrivacyEngine as OpacusEngine
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = OpacusEngine(accountant="rdp").make_private(
             module=out_of_place(model),
-            optimizer=sgd(model),
+            optimizer=make(model),
             data_loader=loader_of(x, y),
             noise_multiplier=noise,
             max_grad_norm=C,
@@ -139,10 +150,10 @@ def opacus(model, x, y, noise, mode="hooks"):
     return step, gradient
 
 
-def fastdp(model, x, y, noise):
+def fastdp(model, x, y, noise, *, make=sgd):
     from fastDP import PrivacyEngine as FastEngine
 
-    optimizer = sgd(model)
+    optimizer = make(model)
     engine = FastEngine(
         out_of_place(model),
         batch_size=len(x),
@@ -174,7 +185,7 @@ VARIANTS: dict[str, Callable] = {
     "ordinary": ordinary,
     "adaclip": ours,
     "Opacus hooks": opacus,
-    "Opacus ghost": lambda *a: opacus(*a, mode="ghost"),
+    "Opacus ghost": functools.partial(opacus, mode="ghost"),
     "fastDP MixOpt": fastdp,
 }
 
