@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "PrivacyEngine": "adaclip.engine",
     "DPOptimizer": "adaclip.optimizer",
+    "GraphedStep": "adaclip.graphed",
     "PoissonLoader": "adaclip.sampler",
     "PrivacyBudgetExceeded": "adaclip.errors",
     "UnsupportedModuleError": "adaclip.errors",

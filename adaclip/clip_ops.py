@@ -35,7 +35,7 @@ def clip_factors(
     *,
     unit: float,
     denominator: float,
-    real: int,
+    real: int | Tensor,
     weights: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,7 +48,8 @@ def clip_factors(
           "normalized" w C_k / (n_k + s), "psac" w C_k / (n_k + s / (n_k + s)); s is its `stability`, > 0.
         unit: what autograd's gradients lack: B for a mean loss.
         denominator: of the released sum, the public q N.
-        real: how many of the B rows are samples.
+        real: how many of the B rows are samples. It may be an int64 tensor [1] on the device of the norms, which is
+          read there when the operation runs, and so by every replay of a captured graph; on a GPU it is not checked.
         weights: float64 [B] in [0, 1]; None: 1 each. Above 1 counts as 1, nan as 0.
 
     Returns:
@@ -63,7 +64,7 @@ def clip_factors(
     Raises:
         ValueError: shapes that do not fit, real outside [0, B], an unknown kind, numbers out of range.
     """
-    rows = _check(sqnorms, thresholds, unit, real, backend)[1]
+    _, rows, real = _check(sqnorms, thresholds, unit, real, backend)
     if rule.kind not in _KINDS:
         raise ValueError(f"rule.kind must be one of {_KINDS}, got {rule.kind!r}")
     if rule.kind != "threshold" and not 0.0 < rule.stability < math.inf:
@@ -83,7 +84,7 @@ def sample_statistics(
     thresholds: Tensor,
     *,
     unit: float,
-    real: int,
+    real: int | Tensor,
     shares: Tensor | None = None,
     below: Tensor | None = None,
     edges: Tensor | None = None,
@@ -114,7 +115,7 @@ def sample_statistics(
         ValueError, before anything is added: shapes that do not fit, one of a pair missing, a label outside the
         table (on the CPU; on a device such a sample belongs to no group).
     """
-    groups, rows = _check(sqnorms, thresholds, unit, real, backend)
+    groups, rows, real = _check(sqnorms, thresholds, unit, real, backend)
     _check_counts(groups, rows, shares, below, edges, histogram, labels, table, group_sums, group_counts)
     if labels is not None and labels.device.type == "cpu" and real:
         low, high = (int(v) for v in labels[:real].aminmax())
@@ -186,17 +187,27 @@ def follow_quantile(
     )
 
 
-def _check(sqnorms: Tensor, thresholds: Tensor, unit: float, real: int, backend: str) -> tuple[int, int]:
+def _check(
+    sqnorms: Tensor, thresholds: Tensor, unit: float, real: int | Tensor, backend: str
+) -> tuple[int, int, int | Tensor]:
+    """(K, B, real), where `real` is a tensor only if it is on a device whose values are not read here."""
     check_backend(backend)
     if sqnorms.dim() != 2 or sqnorms.dtype != torch.float64:
         raise ValueError(f"sqnorms must be float64 [K, B], got {sqnorms.dtype} {tuple(sqnorms.shape)}")
     groups, rows = sqnorms.shape
     if thresholds.shape != (groups,):
         raise ValueError(f"thresholds must be [{groups}], one for each group, got {tuple(thresholds.shape)}")
-    if not 0 <= real <= rows:
+    if isinstance(real, Tensor):
+        if real.dtype != torch.int64 or real.shape != (1,) or real.device != sqnorms.device:
+            raise ValueError(
+                f"real must be an int, or int64 [1] on {sqnorms.device}, got {real.dtype} {list(real.shape)} on "
+                f"{real.device}"
+            )
+        real = int(real) if real.device.type == "cpu" else real
+    if not isinstance(real, Tensor) and not 0 <= real <= rows:
         raise ValueError(f"real must be in [0, {rows}], the rows there are, got {real!r}")
     _positive("unit", unit)
-    return groups, rows
+    return groups, rows, real
 
 
 def _check_counts(groups, rows, shares, below, edges, histogram, labels, table, sums, counts) -> None:

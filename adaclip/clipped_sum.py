@@ -10,7 +10,9 @@ is about noticing when that is not so, before anything is released.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +24,17 @@ from adaclip.groups import LabelGroups
 from adaclip.layers import Layer, Part, Tape, part_from_samples
 from adaclip.step_release import Statistics
 
-__all__ = ["ClippedSum"]
+__all__ = ["ClippedSum", "FixedBatch"]
+
+
+class FixedBatch(NamedTuple):
+    """What a captured backward reads on the device, where others ask the private loader on the host.
+
+    real: int64 [1], how many of the rows are samples. labels: int64 [B], or None where nobody needs them.
+    """
+
+    real: Tensor
+    labels: Tensor | None
 
 
 class ClippedSum:
@@ -87,11 +99,13 @@ class ClippedSum:
         self.statistics = Statistics(sides, setting.device, backend)
         # The number of the release that this sum is for. Addresses the keystream, so it never goes back.
         self.release = 0
-        # Norms [B] of the last backward's samples, before clipping. Private: for debugging only.
+        # Norms [B] of the last backward's samples (of all its rows, if they are counted on the device), before
+        # clipping. Private: for debugging only.
         self.sample_norms: Tensor | None = None
         # How many samples were dropped because their gradient was not finite. Private as well.
         self.non_finite = torch.zeros((), dtype=torch.int64, device=setting.device)
         self._last_forward = 0
+        self._fixed: FixedBatch | None = None
         # Why the sum cannot be used, if the last backward did not come to its end.
         self.broken: str | None = None
         self._forget()
@@ -123,6 +137,25 @@ class ClippedSum:
         if self._thresholds is None:
             self.clipping.begin(self.release)
             self._thresholds = self.clipping.thresholds, self.clipping.thresholds._version
+
+    def open(self, info: BatchInfo) -> None:
+        """`begin` the sum of that batch: the host's part of its backward, where a replay is what follows."""
+        self.begin()
+        self._step = info.step
+
+    @property
+    def labels(self) -> Tensor | None:
+        """int64 [padded rows]: the labels of the batch in hand, for label groups; None without groups."""
+        return None if self.groups is None or self._labels is None else self._labels()
+
+    @contextmanager
+    def reading(self, fixed: FixedBatch) -> Iterator[None]:
+        """In here a backward takes the number of samples and the labels from there, all of a logical batch's."""
+        self._fixed = fixed
+        try:
+            yield
+        finally:
+            self._fixed = None
 
     def holds(self, step: int) -> bool:
         """Whether the sum is (part of) that logical batch's, if only of rows that trained nothing."""
@@ -259,9 +292,15 @@ class ClippedSum:
 
     def _accumulate(self, used: list[Layer], rows: int) -> None:
         info = self._physical
-        real = rows if info is None else max(0, min(rows, info.rows - self._rows_done))
+        real: int | Tensor = rows if info is None else max(0, min(rows, info.rows - self._rows_done))
+        if self._fixed is not None:
+            real = self._fixed.real
         self._rows_done += rows
         self._calls |= {use.forward for layer in used for use in layer.slot.uses if use.forward < 0}
+        if self._fixed is not None and self._thresholds is None:
+            raise RuntimeError(
+                "a captured backward needs thresholds that were set outside of it: call open() first"
+            )
         self.begin()
         if rows == 0:
             self.sample_norms = self.statistics.sums.new_zeros(0)
@@ -295,8 +334,13 @@ class ClippedSum:
             ops.sample_statistics(
                 sqnorms, thresholds, unit=unit, real=real, shares=shares, backend=self._backend, **outputs
             )
-        self.sample_norms = norms[:real]
-        self.non_finite += (~self.sample_norms.isfinite()).sum()
+        if isinstance(real, Tensor):
+            self.sample_norms = norms
+            samples = torch.arange(rows, device=real.device) < real
+            self.non_finite += (samples & ~norms.isfinite()).sum()
+        else:
+            self.sample_norms = norms[:real]
+            self.non_finite += (~self.sample_norms.isfinite()).sum()
         # The largest tensors are released first: the weight gradients take their place.
         parts.sort(key=lambda kp: kp[1].held)
         while parts:
@@ -306,6 +350,8 @@ class ClippedSum:
 
     def _labels_of(self, rows: int) -> Tensor:
         """int64 [rows]: the labels of the rows of this backward, the last ones of those seen so far."""
+        if self._fixed is not None and self._fixed.labels is not None:
+            return self._fixed.labels
         labels = self._labels()
         if labels is None or self._physical is None:
             raise RuntimeError(

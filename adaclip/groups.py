@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaclip.clipping.base import Setting, check_norm, check_tensors
+from adaclip.clipping.base import Setting, SplitRelease, check_norm, check_tensors
 
 __all__ = ["LabelGroups"]
 
 _USES = ("report", "reweight", "select")
+# Stands for 0 where it is divided by.
+_LEAST = 1e-300
 
 
-class LabelGroups:
+class LabelGroups(SplitRelease):
     """Group label selection: a side release (`adaclip.clipping.SideRelease`) per group of labels.
 
     Every example is in exactly one group, that of its label. Each step releases, for all G groups,
@@ -93,14 +95,17 @@ class LabelGroups:
         made = {"dtype": torch.float64, "device": device}
         self._table = torch.tensor(self._classes, device=device)
         self._average = torch.zeros(self.width, **made)
-        # How much of the averages is there: 1 - memory^t.
+        # How much of the averages is there: 1 - memory^t. And again, above 0, where the device reads it.
         self._filled = 0.0
+        self._share = torch.full((), _LEAST, **made)
         self._weights = torch.ones(self.count, **made)
         self._selected = torch.full((), -1, device=device)
-        self._last: Tensor | None = None
+        # What was released last, once there was a release, and its sums without noise, once those are kept.
+        self._last = torch.zeros(self.width, **made)
         self._step: int | None = None
         self._sums: Tensor | None = None
-        self._raw: Tensor | None = None
+        self._raw = torch.zeros(self.width, **made)
+        self._kept = False
 
     def bind(self, setting: Setting) -> None:
         """Make the state, on the device of the norms. Called once, before training."""
@@ -127,12 +132,17 @@ class LabelGroups:
         }
 
     @torch.no_grad()
-    def absorb(self, released: Tensor, t: int) -> None:
-        if self.diagnostics and self._sums is not None:
-            self._raw = self._sums.clone()
-        self._last, self._step = released.clone(), t
-        self._average.mul_(self.memory).add_(released, alpha=1 - self.memory)
+    def prepare(self, t: int) -> None:
+        self._step, self._kept = t, self.diagnostics and self._sums is not None
         self._filled = self.memory * self._filled + (1 - self.memory)
+        self._share.fill_(max(self._filled, _LEAST))
+
+    @torch.no_grad()
+    def take_in(self, released: Tensor) -> None:
+        if self.diagnostics and self._sums is not None:
+            self._raw.copy_(self._sums)
+        self._last.copy_(released)
+        self._average.mul_(self.memory).add_(released, alpha=1 - self.memory)
         ratios, counts = self._ratios()
         there = counts >= self.floor
         candidates = torch.where(there | ~there.any(), ratios, ratios.new_full((), math.inf))
@@ -145,13 +155,14 @@ class LabelGroups:
 
     def _ratios(self) -> tuple[Tensor, Tensor]:
         """H_c / max(n_c, floor) and n_c, both [G], from the averages of what was released."""
-        sums, counts = (self._average / max(self._filled, 1e-300)).split(self.count)
+        sums, counts = (self._average / self._share).split(self.count)
         return sums / counts.clamp_min(self.floor), counts
 
-    def weights(self, labels: Tensor, real: int) -> Tensor | None:
+    def weights(self, labels: Tensor, real: int | Tensor) -> Tensor | None:
         """The weights of a physical batch's samples in the clip, float64 [B]; None: 1 each.
 
         labels: int64 [B], on the device of the norms; those from row `real` on are padding, of weight 0.
+        real: a number, or an int64 tensor [1] on that device.
 
         Raises:
             ValueError: a label without a group (on the CPU; on a device such a sample has weight 0).
@@ -179,7 +190,7 @@ class LabelGroups:
 
         sums, counts: float64 [G], of this release; ratios: float64 [G], of the averages; selected; step.
         """
-        if self._step is None or self._last is None:
+        if self._step is None:
             return {}
         sums, counts = self._last.split(self.count)
         return {
@@ -196,7 +207,7 @@ class LabelGroups:
 
         Empty without `diagnostics`. Not part of any state or checkpoint.
         """
-        if self._raw is None:
+        if not self._kept:
             return {}
         sums, counts = self._raw.split(self.count)
         return {"sums": sums.clone(), "counts": counts.clone()}
@@ -215,12 +226,11 @@ class LabelGroups:
 
     def state_dict(self) -> dict[str, Any]:
         """What changes from step to step: released numbers only."""
-        last = torch.zeros_like(self._average) if self._last is None else self._last.clone()
         return {
             "average": self._average.clone(),
             "weights": self._weights.clone(),
             "selected": self._selected.clone(),
-            "last": last,
+            "last": torch.zeros_like(self._last) if self._step is None else self._last.clone(),
             "filled": self._filled,
             "step": self._step,
         }
@@ -247,8 +257,9 @@ class LabelGroups:
         self._average.copy_(state["average"])
         self._weights.copy_(state["weights"])
         self._selected.copy_(state["selected"])
-        self._filled, self._step = state["filled"], state["step"]
-        self._last = None if self._step is None else state["last"].to(self._average.device).clone()
+        self._filled, self._step, self._kept = state["filled"], state["step"], False
+        self._share.fill_(max(self._filled, _LEAST))
+        self._last.copy_(state["last"])
 
 
 def _table(groups: int | Sequence[int] | Mapping[int, int]) -> list[int]:

@@ -245,7 +245,9 @@ def check_chunks(first: int, count: int) -> None:
 
 
 def rounded_up(std: torch.Tensor) -> torch.Tensor:
-    """`checked_std` of a tensor, element by element, without reading its device; float32."""
+    """`checked_std` of a tensor, element by element, without reading its device; float32, or the tensor if it is."""
+    if std.dtype == torch.float32:
+        return std
     rounded = std.to(torch.float32)
     above = torch.nextafter(rounded, torch.full_like(rounded, math.inf))
     return torch.where(rounded.double() < std.double(), above, rounded)

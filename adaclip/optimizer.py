@@ -139,6 +139,21 @@ class DPOptimizer(torch.optim.Optimizer):
         return self._gradient_noise
 
     @property
+    def batch(self) -> BatchInfo | None:
+        """What the private loader says of the batch in hand; private, as its size is."""
+        return self._batch()
+
+    @property
+    def source(self) -> NoiseSource:
+        """Where the noise comes from."""
+        return self._source
+
+    @property
+    def backend(self) -> str:
+        """The backend that `make_private` was given."""
+        return self._backend
+
+    @property
     def clipping(self) -> Clipping:
         """The strategy at work (the engine's own copy of an object that it was given)."""
         return self._sum.clipping
@@ -215,12 +230,7 @@ class DPOptimizer(torch.optim.Optimizer):
         info = self._batch()
         if info is not None and not info.last:
             return loss
-        self._follow_schedule()
-        if info is not None and info.step == self._released:
-            raise RuntimeError(
-                "this logical batch was released already: two steps on one Poisson sample cost more than the "
-                "accountant books; draw the next batch from the private loader"
-            )
+        self.check_release(info)
         self._sum.check_intact()
         self._sum.check_rows()
         if info is not None and not self._sum.holds(info.step):
@@ -229,13 +239,7 @@ class DPOptimizer(torch.optim.Optimizer):
         self._sum.begin()
         if self._point is not None:
             self._point.leave()
-        self._book(self, info)
-        if info is not None:
-            self._released = info.step
-        step = self.releases
-        self.releases += 1
-        params = self.trained()
-        stds = self._stds(params)
+        step, params, stds = self.begin_release(info)
         noisy_update(
             self.original_optimizer,
             params,
@@ -250,6 +254,29 @@ class DPOptimizer(torch.optim.Optimizer):
         self._sum.statistics.release(self._source, step)
         self._sum.reset()
         return loss
+
+    def check_release(self, info: BatchInfo | None) -> None:
+        """Take the noise of the release that is next; RuntimeError if it would be of a batch released before."""
+        self._follow_schedule()
+        if info is not None and info.step == self._released:
+            raise RuntimeError(
+                "this logical batch was released already: two steps on one Poisson sample cost more than the "
+                "accountant books; draw the next batch from the private loader"
+            )
+
+    def begin_release(self, info: BatchInfo | None) -> tuple[int, list[nn.Parameter], Tensor]:
+        """Book the next release and count it; from here on what it releases may be enqueued.
+
+        Returns (its number, the parameters that it updates, the noise in each one's gradient: float64 [P] on the
+        thresholds' device). Raises PrivacyBudgetExceeded with nothing changed.
+        """
+        self._book(self, info)
+        if info is not None:
+            self._released = info.step
+        step = self.releases
+        self.releases += 1
+        params = self.trained()
+        return step, params, self._stds(params)
 
     def _stds(self, params: list[nn.Parameter]) -> Tensor:
         """float64 [P] on the thresholds' device: the standard deviation of the noise in each `p.grad`."""

@@ -261,7 +261,7 @@ def clip_factors(
     *,
     unit: float,
     denominator: float,
-    real: int,
+    real: int | Tensor,
     weights: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """sqnorms [K, B] -> (factors float32 [K, B], norms [B], shares [B]): see `adaclip.clip_ops.clip_factors`."""
@@ -288,7 +288,7 @@ def sample_statistics(
     thresholds: Tensor,
     *,
     unit: float,
-    real: int,
+    real: int | Tensor,
     shares: Tensor | None,
     below: Tensor | None,
     edges: Tensor | None,
@@ -342,7 +342,7 @@ def follow_quantile(
     thresholds.copy_(torch.minimum(torch.maximum(moved, low), high))
 
 
-def _live(sqnorms: Tensor, real: int) -> Tensor:
+def _live(sqnorms: Tensor, real: int | Tensor) -> Tensor:
     """bool [B]: the rows of samples whose squared norms are numbers in [0, inf) in every group."""
     rows = torch.arange(sqnorms.shape[1], device=sqnorms.device)
     return (sqnorms.isfinite() & (sqnorms >= 0)).all(0) & (rows < real)

@@ -27,7 +27,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from adaclip.clipping import SideRelease
+from adaclip.clipping import SideRelease, SplitRelease
 from adaclip.noise import STREAM_STATISTICS, NoiseSource
 
 __all__ = ["Statistics", "check_noise", "gradient_sigma"]
@@ -147,11 +147,30 @@ class Statistics:
         rounded to a grid: noise is made of float32 normals, so the last digits of a float64 sum would tell which
         sums are possible at all, and which are not (Mironov 2012, the significance of least significant bits).
         """
-        if not self.parts:
-            return
-        noise = torch.empty_like(self.sums)
-        source.normal_(noise, t, STREAM_STATISTICS, backend=self._backend)
-        noisy = noise.mul_(self._stds).add_(self.sums).div_(self._grid).round_().mul_(self._grid)
-        for part, released in zip(self.parts, noisy.split([part.width for part in self.parts]), strict=True):
+        for part, released in self._noisy(source, t):
             part.absorb(released, t)
         self.clear()
+
+    @property
+    def unsplit(self) -> list[str]:
+        """The classes of the parts that are no `adaclip.clipping.SplitRelease`: `prepare` needs all to be one."""
+        return [type(part).__name__ for part in self.parts if not isinstance(part, SplitRelease)]
+
+    def prepare(self, t: int) -> None:
+        """The host's part of `release`, before everything that the device does for release t."""
+        for part in self.parts:
+            part.prepare(t)
+
+    def release_prepared(self, source: NoiseSource, step: int | Tensor) -> None:
+        """The device's part of `release`; step as in `NoiseSource.normal_`. A CUDA graph may capture it."""
+        for part, released in self._noisy(source, step):
+            part.take_in(released)
+        self.clear()
+
+    def _noisy(self, source: NoiseSource, step: int | Tensor) -> list[tuple[SideRelease, Tensor]]:
+        if not self.parts:
+            return []
+        noise = torch.empty_like(self.sums)
+        source.normal_(noise, step, STREAM_STATISTICS, backend=self._backend)
+        noisy = noise.mul_(self._stds).add_(self.sums).div_(self._grid).round_().mul_(self._grid)
+        return list(zip(self.parts, noisy.split([part.width for part in self.parts]), strict=True))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,11 +21,13 @@ from .noise import (
     chunks,
     rounded_up,
 )
-from .smoothing.disk import DiSK
-from .smoothing.nadam import DPAdamBC, NoiseCorrectedNadam
-from .step_rule import FusedStep, StepRule, StepState
+from .step_rule import FusedStep, StepRule
+from .torch_rules import RULES
 
-__all__ = ["noisy_update"]
+if TYPE_CHECKING:
+    from adaclip.kernels.step_table import StepTable
+
+__all__ = ["Update", "begin_update", "fusable", "noisy_update", "rehearse"]
 
 
 @torch.no_grad()
@@ -69,22 +72,126 @@ def noisy_update(
     (amsgrad, capturable, differentiable, tensor options, step hooks, other dtypes, devices or optimizers) adds the noise to ``p.grad`` and calls ``optimizer.step()``, after ``optimizer.note_noise(params,
     stds)`` where the optimizer has that method.
     """
-    params, stds = list(params), _checked_stds(stds)
     step, stream = address(step, stream)
-    _check(optimizer, params, stds)
-    near = isinstance(stds, list) or all(p.device == stds.device for p in params)
-    if near and _fusable(optimizer, params, backend):
-        fused, touched = _fused_step(optimizer, params, stds)
-        run = load(_backend_of(fused.tensors, backend)).noisy_step
-        run(source.key, step, stream, fused)
-        torch.autograd.graph.increment_version(touched)
-        # What a learning-rate scheduler looks for, to warn when it runs before the optimizer.
-        optimizer._opt_called = True
-    else:
-        _generic_update(optimizer, params, stds, source, step, stream, backend)
+    begin_update(optimizer, params, stds, backend).apply(source, step, stream)
 
 
 Stds = list[float] | Tensor
+
+
+@dataclass
+class Update:
+    """A noisy update, begun: the host's part is done (a fused optimizer has counted its step), the device's is `apply`.
+
+    Made by `begin_update`, and to be applied once.
+
+    fused: what one pass does, without the gradients; None where the optimizer's own step has to do it.
+    touched: the tensors that the pass changes.
+    """
+
+    optimizer: torch.optim.Optimizer
+    params: list[Tensor]
+    stds: Stds
+    backend: str
+    fused: FusedStep | None
+    touched: list[Tensor]
+
+    def apply(self, source: NoiseSource, step: int | Tensor, stream: int = STREAM_GRADIENT) -> None:
+        """Noise and update, with every ``p.grad`` as it is now; arguments as in `noisy_update`.
+
+        A CUDA graph may capture it, if there is a fused pass, `step` is on the device, and `refresh` came before. For
+        a replay another Update is begun, and its `refresh` and, afterwards, `done` are called in place of this.
+        """
+        if self.fused is None:
+            rest = source, step, stream, self.backend
+            _generic_update(self.optimizer, self.params, self.stds, *rest)
+            return
+        self.fused.tensors = self._with({p: p.grad for p in self.params})
+        self._module().noisy_step(source.key, step, stream, self.fused)
+        self.done()
+
+    def done(self) -> None:
+        """Say that the tensors have changed, to whom it concerns on the host."""
+        torch.autograd.graph.increment_version(self.touched)
+        # What a learning-rate scheduler looks for, to warn when it runs before the optimizer.
+        self.optimizer._opt_called = True
+
+    def refresh(self, grads: Mapping[Tensor, Tensor | None]) -> StepTable | None:
+        """Write this update's numbers, and where these gradients lie, to where a captured `apply` reads them.
+
+        Waits for nothing. Returns that place, by which a capture is known to be of these parameters still; None for
+        a backend that has none.
+        """
+        if self.fused is None or _backend_of(self.fused.tensors, self.backend) not in ("cuda", "triton"):
+            return None
+        from .backends.device_table import step_table
+
+        averages = self.fused.averages
+        # The captured pass moves the averages itself.
+        averages = None if averages is None else averages.clone()
+        return step_table(replace(self.fused, tensors=self._with(grads), averages=averages))
+
+    def _with(self, grads: Mapping[Tensor, Tensor | None]) -> list[tuple[Tensor | None, ...]]:
+        for p in self.params:
+            grad = grads.get(p)
+            if grad is not None and (grad.dtype, grad.device, grad.shape, grad.stride()) != (
+                *(p.dtype, p.device, p.shape),
+                p.stride(),
+            ):
+                raise RuntimeError(f"the gradient of {_show(p)} must be laid out as it is, got {_show(grad)}")
+        return [(p, grads.get(p), *state) for p, _, *state in self.fused.tensors]
+
+    def _module(self) -> Any:
+        return load(_backend_of(self.fused.tensors, self.backend))
+
+
+@torch.no_grad()
+def begin_update(
+    optimizer: torch.optim.Optimizer,
+    params: Iterable[Tensor],
+    stds: Iterable[float] | Tensor,
+    backend: str = "auto",
+) -> Update:
+    """Begin a noisy update; arguments and errors as in `noisy_update`, and nothing is enqueued that reads ``p.grad``.
+
+    A float32 tensor of stds on a device is read when `Update.apply` runs, and by every replay of its capture.
+    """
+    params, stds = list(params), _checked_stds(stds)
+    _check(optimizer, params, stds)
+    near = isinstance(stds, list) or all(p.device == stds.device for p in params)
+    fused, touched = None, []
+    if near and _fusable(optimizer, params, backend):
+        fused, touched = _fused_step(optimizer, params, stds)
+    return Update(optimizer, params, stds, backend, fused, touched)
+
+
+def fusable(optimizer: torch.optim.Optimizer, params: Iterable[Tensor], backend: str = "auto") -> bool:
+    """Whether one pass makes noise and update of these parameters and their gradients, as `noisy_update` says."""
+    return _fusable(optimizer, list(params), backend)
+
+
+@torch.no_grad()
+def rehearse(
+    optimizer: torch.optim.Optimizer,
+    params: Iterable[Tensor],
+    source: NoiseSource,
+    step: int | Tensor,
+    backend: str,
+) -> None:
+    """Run the fused pass with numbers that change nothing: without gradients, noise, or a move.
+
+    Kernels are loaded then, and tables made, as they must be before a CUDA graph is captured.
+    """
+    params = list(params)
+    step, stream = address(step, STREAM_GRADIENT)
+    pairs = list(_with_first_chunk(params))
+    fused = FusedStep(
+        tensors=[(p, None, None, None) for p in params],
+        first_chunks=[first for first, _ in pairs],
+        rules=[(0.0, *StepRule())] * len(params),
+        cache=_caches.setdefault(optimizer, {}),
+    )
+    load(_backend_of(fused.tensors, backend)).noisy_step(source.key, step, stream, fused)
 
 
 def _checked_stds(stds: Iterable[float] | Tensor) -> Stds:
@@ -166,7 +273,7 @@ def _generic_update(
 
 def _fusable(optimizer: torch.optim.Optimizer, params: list[Tensor], backend: str = "auto") -> bool:
     # The exact type: a subclass may do anything in its step.
-    if type(optimizer) not in _RULES:
+    if type(optimizer) not in RULES:
         return False
     # A hook of the user's, or a gradient scaler's verdict, belongs to optimizer.step().
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
@@ -219,7 +326,7 @@ def _fused_step(
 ) -> tuple[FusedStep, list[Tensor]]:
     """Begins every parameter's step; returns what is to be done, and the tensors that it changes."""
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    begin = _RULES[type(optimizer)]
+    begin = RULES[type(optimizer)]
     known = stds if isinstance(stds, list) else [None] * len(params)
     tensors, firsts, rules, terms, touched = [], [], [], [], []
     for (first, p), std in zip(_with_first_chunk(params), known, strict=True):
@@ -251,70 +358,3 @@ def _averages(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> Tensor:
         for p, mine in zip(params, together.unbind(), strict=True):
             optimizer.state[p]["noise_sq"] = mine
     return together
-
-
-def _sgd(optimizer: torch.optim.Optimizer, group: dict, p: Tensor, std: float | None) -> StepState:
-    sign = -1.0 if group["maximize"] else 1.0
-    lr, mu, l2 = group["lr"], group["momentum"], group["weight_decay"]
-    if mu == 0:
-        return StepState(None, None, StepRule(sign, l2, direct=lr))
-    state = optimizer.state[p]
-    momentum = state.get("momentum_buffer")
-    # torch begins with the gradient itself, undamped.
-    decay, keep = (mu, 1 - group["dampening"]) if momentum is not None else (0.0, 1.0)
-    if momentum is None:
-        momentum = state["momentum_buffer"] = torch.zeros_like(p)
-    direct, follow = (lr, lr * mu) if group["nesterov"] else (0.0, lr)
-    rule = StepRule(sign, l2, decay=decay, keep=keep, direct=direct, follow=follow)
-    return StepState(momentum, None, rule)
-
-
-def _adaptive(optimizer: torch.optim.Optimizer, group: dict, p: Tensor, std: float | None) -> StepState:
-    nadam = isinstance(optimizer, torch.optim.NAdam)
-    state = optimizer.state[p]
-    if len(state) == 0:
-        scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-        state["step"] = torch.tensor(0.0, dtype=scalar)
-        if nadam:
-            state["mu_product"] = torch.tensor(1.0, dtype=scalar)
-        state["exp_avg"] = torch.zeros_like(p)
-        state["exp_avg_sq"] = torch.zeros_like(p)
-    state["step"] += 1
-    t, lr, (beta1, beta2) = state["step"].item(), group["lr"], group["betas"]
-    if nadam:
-        psi = group["momentum_decay"]
-        mu, mu_next = (beta1 * (1.0 - 0.5 * 0.96 ** (s * psi)) for s in (t, t + 1))
-        state["mu_product"] *= mu
-        product = state["mu_product"].item()
-        direct, follow = lr * (1 - mu) / (1 - product), lr * mu_next / (1 - product * mu_next)
-    else:
-        direct, follow = 0.0, lr / (1 - beta1**t)
-    decoupled = group["decoupled_weight_decay"]
-    shrink, l2 = (1 - lr * group["weight_decay"], 0.0) if decoupled else (1.0, group["weight_decay"])
-    rule = StepRule(
-        sign=-1.0 if group["maximize"] else 1.0,
-        l2=l2,
-        shrink=shrink,
-        decay=beta1,
-        keep=1 - beta1,
-        direct=direct,
-        follow=follow,
-        square_decay=beta2,
-        square_keep=1 - beta2,
-        scale=(1 - beta2**t) ** -0.5,
-        eps=group["eps"],
-    )
-    return StepState(state["exp_avg"], state["exp_avg_sq"], rule)
-
-
-# Each begins a parameter's step: it counts the step in optimizer.state, where it makes what is missing. The standard
-# deviation is None where only the device knows it.
-_RULES: dict[type, Callable[[torch.optim.Optimizer, dict, Tensor, float | None], StepState]] = {
-    torch.optim.SGD: _sgd,
-    torch.optim.Adam: _adaptive,
-    torch.optim.AdamW: _adaptive,
-    torch.optim.NAdam: _adaptive,
-    NoiseCorrectedNadam: NoiseCorrectedNadam.fused_state,
-    DPAdamBC: DPAdamBC.fused_state,
-    DiSK: DiSK.fused_state,
-}

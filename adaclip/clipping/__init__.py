@@ -6,7 +6,16 @@ says what it releases, its sensitivity, and how the noise multiplier is split wh
 than the gradient (`adaclip.step_release`).
 """
 
-from adaclip.clipping.base import SLACK, Clipping, Rule, Setting, SideRelease, check_norm, clip_factors
+from adaclip.clipping.base import (
+    SLACK,
+    Clipping,
+    Rule,
+    Setting,
+    SideRelease,
+    SplitRelease,
+    check_norm,
+    clip_factors,
+)
 from adaclip.clipping.dc_sgd import DCSGDClipping
 from adaclip.clipping.flat import FlatClipping
 from adaclip.clipping.names import make_clipping
@@ -27,6 +36,7 @@ __all__ = [
     "Rule",
     "Setting",
     "SideRelease",
+    "SplitRelease",
     "check_norm",
     "clip_factors",
     "make_clipping",

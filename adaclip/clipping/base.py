@@ -18,6 +18,7 @@ __all__ = [
     "Rule",
     "Setting",
     "SideRelease",
+    "SplitRelease",
     "check_norm",
     "clip_factors",
 ]
@@ -105,6 +106,25 @@ class SideRelease(Protocol):
 
         What it changes applies from release t + 1 on.
         """
+
+
+class SplitRelease(ABC):
+    """A side release whose `absorb` comes apart, so that the device's part can be captured and replayed."""
+
+    def absorb(self, released: Tensor, t: int) -> None:
+        self.prepare(t)
+        self.take_in(released)
+
+    @abstractmethod
+    def prepare(self, t: int) -> None:
+        """The host's part of release t: it counts, and moves what it counts to where `take_in` reads it.
+
+        Comes before everything that the device does for that release, and waits for nothing.
+        """
+
+    @abstractmethod
+    def take_in(self, released: Tensor) -> None:
+        """The device's part: operations on tensors that stay where they are, the same ones for every release."""
 
 
 class Clipping(ABC):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaclip.clipping.base import Clipping, Setting, check_norm
+from adaclip.clipping.base import Clipping, Setting, SplitRelease, check_norm
 from adaclip.clipping.quantile import check_fraction
 
 __all__ = ["DCSGDClipping"]
@@ -21,7 +21,7 @@ _CLEAR = 4.5
 _DECADES = 3.0
 
 
-class DCSGDClipping(Clipping):
+class DCSGDClipping(Clipping, SplitRelease):
     """A threshold from the norms' noisy histogram (Wei et al. 2025, DC-SGD, arXiv 2503.22988).
 
     Releases, beside the clipped sum (an example adds at most C_t to it), the batch's histogram of norms over
@@ -98,6 +98,9 @@ class DCSGDClipping(Clipping):
         self._average = torch.zeros(self.width, **made)
         # How much of the average is there: 1 - memory^t.
         self._filled = 0.0
+        # What follows from that and the gradient's noise, where the device reads it: the average's weight, the least
+        # share that is clear of the noise, and what a threshold's square costs in noise.
+        self._weight, self._least, self._cost = torch.ones(3, **made).unbind()
         self.side = self
         return 1
 
@@ -115,20 +118,26 @@ class DCSGDClipping(Clipping):
         return {"edges": self._edges, "histogram": sums}
 
     @torch.no_grad()
-    def absorb(self, released: Tensor, t: int) -> None:
-        self._average.mul_(self.memory).add_(released, alpha=1 - self.memory)
+    def prepare(self, t: int) -> None:
         self._filled = self.memory * self._filled + (1 - self.memory)
+        # The standard deviation of what noise is left: weights (1 - m) m^i, i < t, over their sum.
+        spread = math.sqrt((1 - self.memory) / (1 + self.memory) * (1 - (1 - self._filled) ** 2))
+        noise = self.sigma_h * spread / (self._filled * self._denominator)
+        self._weight.fill_(self._filled * self._denominator)
+        self._least.fill_(_CLEAR * noise)
+        self._cost.fill_((self._gradient_noise / self._denominator) ** 2 * self._parameters)
+
+    @torch.no_grad()
+    def take_in(self, released: Tensor) -> None:
+        self._average.mul_(self.memory).add_(released, alpha=1 - self.memory)
         shares, known = self._shares()
         chosen = self._at_percentile(shares) if self.criterion == "percentile" else self._least_error(shares)
         self.thresholds.copy_(torch.where(known, chosen, self.thresholds))
 
     def _shares(self) -> tuple[Tensor, Tensor]:
         """(float64 [bins], a distribution; bool [], whether any bin stands out of the noise)."""
-        averaged = self._average / (self._filled * self._denominator)
-        # The standard deviation of what noise is left: weights (1 - m) m^i, i < t, over their sum.
-        spread = math.sqrt((1 - self.memory) / (1 + self.memory) * (1 - (1 - self._filled) ** 2))
-        noise = self.sigma_h * spread / (self._filled * self._denominator)
-        clear = averaged >= _CLEAR * noise
+        averaged = self._average / self._weight
+        clear = averaged >= self._least
         return _onto_simplex(torch.where(clear, averaged, averaged.new_full((), -math.inf))), clear.any()
 
     @property
@@ -150,8 +159,7 @@ class DCSGDClipping(Clipping):
         return (begin + inside.clamp(0.0, 1.0) * (end - begin)).exp()
 
     def _least_error(self, shares: Tensor) -> Tensor:
-        noise = (self._gradient_noise / self._denominator) ** 2 * self._parameters
-        error = noise * self._edges.square() + self._excess @ shares
+        error = self._cost * self._edges.square() + self._excess @ shares
         return self._edges[error.argmin(dim=0, keepdim=True)]
 
     def config(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adaclip import ops
-from adaclip.clipping.base import Clipping, Setting, check_norm, check_tensors
+from adaclip.clipping.base import Clipping, Setting, SplitRelease, check_norm, check_tensors
 
 __all__ = ["AdaptiveClipping", "QuantileThresholds", "check_fraction"]
 
@@ -24,7 +24,7 @@ def check_fraction(value: float, name: str) -> float:
     return float(value)
 
 
-class QuantileThresholds:
+class QuantileThresholds(SplitRelease):
     """K thresholds, each moved towards the same quantile of its own group's norms: a side release.
 
     For every group k it releases sum_b (1[n_bk <= C_k] - 1/2) + N(0, sigma_b^2). An example adds +1/2 or -1/2
@@ -61,9 +61,9 @@ class QuantileThresholds:
         self._thresholds = thresholds
         self._low, self._high = thresholds / _REACH, thresholds * _REACH
         self._run = torch.zeros_like(thresholds)
-        # Row i is C_i. On the device, grown by doubling: nothing is read back in a step.
+        # Row i is C_i, for those that are no longer in force. On the device, grown by doubling: nothing is read back
+        # in a step.
         self._history = thresholds.new_empty(64, self.width)
-        self._history[0] = thresholds
         self._steps = 0
 
     @property
@@ -73,7 +73,7 @@ class QuantileThresholds:
     @property
     def history(self) -> Tensor:
         """float64 [releases + 1, K]: C_0, C_1, … up to the C in force. Released values, safe to publish."""
-        return self._history[: self._steps + 1].clone()
+        return torch.cat([self._history[: self._steps], self._thresholds[None]])
 
     def stds(self) -> list[float]:
         return [self.sigma_b] * self.width
@@ -81,7 +81,13 @@ class QuantileThresholds:
     def outputs(self, sums: Tensor) -> dict[str, Tensor]:
         return {"below": sums}
 
-    def absorb(self, released: Tensor, t: int) -> None:
+    def prepare(self, t: int) -> None:
+        if self._steps == len(self._history):
+            self._history = torch.cat([self._history, torch.empty_like(self._history)])
+        self._history[self._steps] = self._thresholds
+        self._steps += 1
+
+    def take_in(self, released: Tensor) -> None:
         ops.follow_quantile(
             self._thresholds,
             self._run,
@@ -94,10 +100,6 @@ class QuantileThresholds:
             accelerate=self.accelerate,
             backend=self._backend,
         )
-        self._steps += 1
-        if self._steps == len(self._history):
-            self._history = torch.cat([self._history, torch.empty_like(self._history)])
-        self._history[self._steps] = self._thresholds
 
     def config(self) -> dict[str, Any]:
         return {

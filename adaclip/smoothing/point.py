@@ -98,7 +98,7 @@ class EvaluationPoint:
         TypeError: smoothing is no SmoothedLoss.
 
     Memory: theta' and z, two copies of the parameters, made when first needed; where tau is 0 and there is no
-    look-ahead, `enter` does nothing.
+    look-ahead, `enter` does nothing (and what is there is kept).
     """
 
     def __init__(
@@ -127,6 +127,8 @@ class EvaluationPoint:
         # What theta' was made for: (step, versions of the parameters). None: it has to be made.
         self._made: tuple[int, dict[Tensor, tuple[int, int]]] | None = None
         self._moved: dict[Tensor, Tensor] = {}
+        # The memory of theta', which stays the same: a captured graph reads it there.
+        self._memory: dict[Tensor, Tensor] = {}
         self._home: dict[Tensor, Tensor] = {}
         self._hooks: list[Any] = []
 
@@ -246,7 +248,7 @@ class EvaluationPoint:
             hook.remove()
         self._hooks = []
         self.leave()
-        self._made, self._moved, self._shifts, self._drawn = None, {}, {}, None
+        self._made, self._moved, self._memory, self._shifts, self._drawn = None, {}, {}, {}, None
 
     # --- making theta' -----------------------------------------------------------------------------
 
@@ -272,7 +274,7 @@ class EvaluationPoint:
             self._moved, self._made = {}, (step, self._versions())
             return
         old_shifts, draw, sign = self._shifts, 0, 1.0
-        self._moved = {p: _like(p, self._moved.get(p)) for p in params}
+        self._moved = self._memory = {p: _like(p, self._memory.get(p)) for p in params}
         if smooth:
             self._measure_scales()
             self._shifts = {p: _like(p, old_shifts.get(p)) for p in params}
