@@ -3,11 +3,11 @@
 // csrc/cuda/machine.cuh compiles against `Emulated` as it is.
 //
 // What it finds: wrong indices, layouts and schedules; threads of a warp that do not meet at the same
-// instruction; deadlocks; misaligned or out-of-range 16-byte accesses; missing waits and barriers, as far as
-// they change results: the order of threads is random, shared memory starts as NaN, and asynchronous copies
-// happen either when they are issued or not before they are waited for. What it cannot: how fast anything is,
-// what the compiler makes of it, and how tensor cores round. Fragments are laid out as the PTX ISA says, and
-// sums are rounded toward zero.
+// instruction; deadlocks; misaligned or out-of-range 16-byte accesses; bank conflicts of matrix loads;
+// missing waits and barriers, as far as they change results: the order of threads is random, shared memory
+// starts as NaN, and asynchronous copies happen either when they are issued or not before they are waited
+// for. What it cannot: how fast anything is, what the compiler makes of it, and how tensor cores round.
+// Fragments are laid out as the PTX ISA says, and sums are rounded toward zero.
 #pragma once
 
 #include <ucontext.h>
@@ -217,6 +217,13 @@ struct Emulated {
     if (!Block::current->shared_range.holds(from, 16))
       Block::current->fail("a matrix row is outside of shared memory");
     Block::current->meet(false, "a matrix load", &lane, [](std::vector<void*>& lanes) {
+      // The eight rows of a matrix are read at once: 128 bytes, all from different banks.
+      for (int m = 0; m < 4; ++m) {
+        unsigned banks = 0;
+        for (int row = 0; row < 8; ++row)
+          banks |= 1u << (reinterpret_cast<uintptr_t>(static_cast<Lane*>(lanes[8 * m + row])->from) / 16 % 8);
+        if (banks != 0xff) Block::current->fail("rows of a matrix lie in the same banks");
+      }
       for (int l = 0; l < 32; ++l)
         for (int m = 0; m < 4; ++m)
           std::memcpy(&static_cast<Lane*>(lanes[l])->out[m],
