@@ -88,7 +88,7 @@ GEOMETRIES = [
     (2, 6, 4, (9, 7), ((3, 2), (2, 1), (1, 0), (1, 2), 2)),
     (1, 6, 4, (13, 12), ((5, 3), (1, 2), (2, 4), (2, 1), 2)),
     (17, 3, 4, (1, 1), ((1, 1), (1, 1), (0, 0), (1, 1), 1)),
-    (2, 4, 8, (8, 8), ((8, 8), (1, 1), (0, 0), (1, 1), 4)),
+    (2, 4, 8, (5, 5), ((5, 5), (1, 1), (0, 0), (1, 1), 4)),
     (2, 4, 4, (3, 5), ((3, 3), (1, 1), (4, 4), (1, 1), 1)),
 ]
 
@@ -112,7 +112,7 @@ def test_gradients_of_any_geometry(gpu_or_interpreter, case):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize(("cin", "cout", "size"), [(130, 66, 2), (70, 130, 4)])
+@pytest.mark.parametrize(("cin", "cout", "size"), [(130, 20, 2), (20, 70, 4)])
 def test_dtypes_and_layouts(gpu_or_interpreter, dtype, channels_last, cin, cout, size):
     x, g = images(gpu_or_interpreter, 2, cin, cout, (size, size), SAME, dtype, channels_last)
     check_norms(gram(x, g, SAME), x, g, SAME)
@@ -132,7 +132,11 @@ def test_kept_gradients_lie_as_the_image_does(gpu_or_interpreter):
 
 def test_tensors_of_two_layouts_and_of_neither(gpu_or_interpreter):
     x, g = images(gpu_or_interpreter, 2, 5, 4, (4, 4), SAME, channels_last=True)
-    for a, b in ((x, g.contiguous()), (x.contiguous(), g), (x.transpose(2, 3), g[:, :, :, :].flip(0))):
+    for a, b in (
+        (x, g.contiguous()),
+        (x.contiguous(), g),
+        (x.transpose(2, 3), g.contiguous().transpose(2, 3)),
+    ):
         check_norms(gram(a, b, SAME), a, b, SAME)
         check_grads(a, b, SAME)
 
@@ -171,8 +175,8 @@ def test_no_positions(gpu_or_interpreter):
             assert out.tolist() == [0, 0] or bool((out <= 1e-30).all())
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("size", [2, 4, 9])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("size", [2, 9])
 @pytest.mark.parametrize("where", ["x", "g"])
 def test_a_sample_that_is_not_finite_touches_no_other(gpu_or_interpreter, value, size, where):
     from adaclip.kernels.conv_sample_grads import conv_sample_grads

@@ -80,7 +80,7 @@ def test_nothing_to_sum(gpu_or_interpreter, sizes):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize(("positions", "din"), [(1, 20), (5, 40), (70, 90), (70, 5)])
+@pytest.mark.parametrize(("positions", "din"), [(1, 20), (5, 40), (34, 50), (70, 5)])
 @pytest.mark.parametrize("where", ["a", "g"])
 def test_a_sample_that_is_not_finite_touches_no_other(gpu_or_interpreter, value, positions, din, where):
     from adaclip.kernels.linear_sample_norms import linear_sample_grads, linear_sample_norms
