@@ -54,7 +54,11 @@ class Case:
         torch.manual_seed(0)
         options: dict[str, Any] = _TOY if self.toy else {"name": self.model}
         net = Network(build(num_classes=10, **options), autocast and self.precision == "bf16")
-        return net.to(self.device, memory_format=torch.channels_last)
+        return net.to(self.device, memory_format=self._layout)
+
+    @property
+    def _layout(self) -> torch.memory_format:
+        return torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
 
     def batch(self, size: int | None = None) -> tuple[Tensor, Tensor]:
         size = self.batch_size if size is None else size
@@ -62,7 +66,7 @@ class Case:
         rng = torch.Generator().manual_seed(1)
         x, y = torch.randn(SAMPLES, 3, pixels, pixels, generator=rng), torch.arange(SAMPLES)
         x, y = (t[torch.arange(size) % SAMPLES].to(self.device) for t in (x, y))
-        return x.contiguous(memory_format=torch.channels_last), y
+        return x.contiguous(memory_format=self._layout), y
 
     def set_precision(self) -> None:
         torch.backends.cudnn.allow_tf32 = self.precision != "ieee"

@@ -88,7 +88,7 @@ def measured(section: str, arguments: dict[str, Any], rounds: int, dry_run: bool
     if section == "kernels":
         from bench.gpu_parts.kernels import Bench
 
-        bench = Bench(device, _bandwidth(dry_run), 3 if dry_run else 30, dry_run)
+        bench = Bench(device, _bandwidth(dry_run), 1 if dry_run else 30, dry_run)
         if arguments["kind"] == "conv":
             dtype = getattr(torch, arguments["dtype"])
             return bench.conv(tuple(arguments["layer"]), dtype, arguments["batch_size"])
