@@ -14,7 +14,7 @@ import functools
 import importlib.util
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,12 +60,11 @@ class Case:
     def _layout(self) -> torch.memory_format:
         return torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
 
-    def batch(self, size: int | None = None) -> tuple[Tensor, Tensor]:
-        size = self.batch_size if size is None else size
+    def batch(self) -> tuple[Tensor, Tensor]:
         pixels = _TOY["image_size"] if self.toy else 32
         rng = torch.Generator().manual_seed(1)
         x, y = torch.randn(SAMPLES, 3, pixels, pixels, generator=rng), torch.arange(SAMPLES)
-        x, y = (t[torch.arange(size) % SAMPLES].to(self.device) for t in (x, y))
+        x, y = (t[torch.arange(self.batch_size) % SAMPLES].to(self.device) for t in (x, y))
         return x.contiguous(memory_format=self._layout), y
 
     def set_precision(self) -> None:
@@ -92,16 +91,21 @@ class Network(nn.Module):
 
 
 def _flat(tensors: dict[str, Tensor]) -> Tensor:
-    return torch.cat([t.detach().double().flatten() for t in tensors.values()])
+    # On the CPU: the memory of the steps themselves is measured.
+    return torch.cat([t.detach().double().flatten().cpu() for t in tensors.values()])
 
 
-@functools.cache
 def truth(case: Case) -> tuple[Tensor, float]:
     """The clipped sum of the 8 samples, and how far one is off that ordinary backwards give, one sample at a time.
 
     Those run in the case's own precision, and everything else about them is float64: what is left is the precision.
     """
-    x, y = case.batch(SAMPLES)
+    return _truth(replace(case, batch_size=SAMPLES))
+
+
+@functools.cache
+def _truth(case: Case) -> tuple[Tensor, float]:
+    x, y = case.batch()
     exact = _flat(
         clipped_sum(sample_grads(case.network(autocast=False), x, y, F.cross_entropy), bench_step.C)
     )
@@ -149,7 +153,7 @@ class Running:
     def __init__(self, case: Case, maker: Callable, *, checked: bool = True, **options: Any) -> None:
         self._case, self._checked = case, checked
         self._model = case.network()
-        self._start = _flat(dict(self._model.named_parameters())).clone()
+        self._start = _flat(dict(self._model.named_parameters()))
 
         def make(model: nn.Module) -> torch.optim.Optimizer:
             self._optimizer = bench_step.sgd(model)
@@ -165,7 +169,8 @@ class Running:
         self._set_rate(0.0)
         self.step()
         for state in self._optimizer.state.values():
-            if not bool(state["momentum_buffer"].isfinite().all()):
+            momentum = state.get("momentum_buffer")
+            if momentum is not None and not bool(momentum.isfinite().all()):
                 raise Wrong("the momentum is not finite")
         if not self._checked:
             return None
