@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from adaclip.batches import BatchInfo, check_count, repeat_rows
+from adaclip.columns import to_device
 from adaclip.noise import STREAM_VIEWS, NoiseSource
 
 __all__ = ["AUGMENTATIONS", "Augmentation", "Views", "augment", "check_augmentation"]
@@ -36,7 +37,7 @@ def augment(images: Tensor, kind: str, generator: torch.Generator, views: int = 
         kind: "none"; "shift": by up to an eighth of each side, edges reflected; "crop": of the image's size from
             the image padded by 4 pixels on each side, reflected; "flip": left-right with probability 1/2;
             "shift-flip", "crop-flip": both.
-        generator: on the CPU, where the numbers are drawn; never start it from a known seed in a private run.
+        generator: on the CPU, where the numbers are drawn (wherever the images are); never start it from a known seed in a private run.
         views: V, how many of each.
 
     Returns:
@@ -50,19 +51,22 @@ def augment(images: Tensor, kind: str, generator: torch.Generator, views: int = 
     if kind == "none":
         return images if views == 1 else images.repeat_interleave(views, dim=0)
     count, height, width = images.shape[0] * views, *images.shape[2:]
-    rows = _sources(count, height, kind, generator)
-    columns = _sources(count, width, kind, generator)
+    # Three numbers a view go to the images' device; where each pixel comes from is worked out there.
+    drawn = [_offsets(count, side, kind, generator) for side in (height, width)]
+    drawn.append(
+        torch.randint(2, (count, 1), generator=generator, device="cpu") if "flip" in kind else drawn[0]
+    )
+    down, right, flipped = to_device(torch.stack(drawn), images.device).unbind()
+    rows, columns = _sources(down, height), _sources(right, width)
     if "flip" in kind:
-        flipped = torch.randint(2, (count, 1), generator=generator, device="cpu").bool()
-        columns = torch.where(flipped, columns.flip(1), columns)
-    positions = (rows[:, :, None] * width + columns[:, None, :]).reshape(count, 1, -1).to(images.device)
+        columns = torch.where(flipped.bool(), columns.flip(1), columns)
+    positions = (rows[:, :, None] * width + columns[:, None, :]).reshape(count, 1, -1)
     flat = images.flatten(2).repeat_interleave(views, dim=0) if views > 1 else images.flatten(2)
     return flat.gather(2, positions.expand(-1, images.shape[1], -1)).reshape(count, *images.shape[1:])
 
 
-def _sources(count: int, side: int, kind: str, generator: torch.Generator) -> Tensor:
-    """int64 [count, side]: where each position of a view is taken from."""
-    positions = torch.arange(side, device="cpu").expand(count, side)
+def _offsets(count: int, side: int, kind: str, generator: torch.Generator) -> Tensor:
+    """int64 [count, 1]: how far each view is moved along a side."""
     most = 0
     if "shift" in kind:
         most = int(side * _SHIFT)
@@ -70,9 +74,13 @@ def _sources(count: int, side: int, kind: str, generator: torch.Generator) -> Te
         # A reflection does not reach beyond the image.
         most = min(_PADDING, side - 1)
     if most == 0:
-        return positions
-    offsets = torch.randint(-most, most + 1, (count, 1), generator=generator, device="cpu")
-    moved = (positions + offsets).abs()
+        return torch.zeros(count, 1, dtype=torch.int64, device="cpu")
+    return torch.randint(-most, most + 1, (count, 1), generator=generator, device="cpu")
+
+
+def _sources(offsets: Tensor, side: int) -> Tensor:
+    """int64 [count, side]: where each position of a view is taken from, reflected at the edges."""
+    moved = (torch.arange(side, device=offsets.device) + offsets).abs()
     return side - 1 - (side - 1 - moved).abs()
 
 

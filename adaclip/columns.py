@@ -9,11 +9,24 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
-__all__ = ["TensorColumns"]
+__all__ = ["TensorColumns", "to_device"]
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device. A GPU gets it by a copy that the CPU does not wait for."""
+    if device.type != "cuda":
+        return host.to(device)
+    # torch's allocator gives pinned memory out again only when the copies that read it are over.
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 class TensorColumns:
-    """Batches gathered straight from tensors [N, …], without a copy of the data or a per-example collate."""
+    """Batches gathered straight from tensors [N, …], without a copy of the data or a per-example collate.
+
+    Tensors on a GPU are gathered there. Which examples a batch holds is drawn on the host all the same, from the same
+    ChaCha20 keystream as everywhere: so the host knows every batch's size, and never has to ask the GPU for it. The
+    indices go over in one asynchronous copy.
+    """
 
     def __init__(self, tensors: tuple[Tensor, ...], pack: Callable, index: Tensor | None = None) -> None:
         for i, tensor in enumerate(tensors):
@@ -28,7 +41,8 @@ class TensorColumns:
     def select(self, indices: Tensor) -> Any:
         """Return the examples `indices` (int64 [B], on the CPU) in the container that the data came in."""
         rows = indices if self._index is None else self._index[indices]
-        return self._pack([t.index_select(0, rows.to(t.device)) for t in self._tensors])
+        there = {device: to_device(rows, device) for device in {t.device for t in self._tensors}}
+        return self._pack([t.index_select(0, there[t.device]) for t in self._tensors])
 
     @classmethod
     def of(cls, dataset: Any) -> TensorColumns | None:

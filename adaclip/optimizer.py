@@ -73,6 +73,8 @@ class DPOptimizer(torch.optim.Optimizer):
         else:
             self._set_noise(noise_multiplier)
         self._expected_batch_size = expected_batch_size
+        # The thresholds of the last release, which its own statistics may have moved since.
+        self.used_thresholds = clipped_sum.clipping.thresholds.clone()
         # The clipping group of each trained parameter, on the thresholds' device.
         self._group_index: tuple[list[int], Tensor] = [], torch.empty(0, dtype=torch.int64)
         self._released: int | None = None
@@ -275,6 +277,7 @@ class DPOptimizer(torch.optim.Optimizer):
             self._released = info.step
         step = self.releases
         self.releases += 1
+        self.used_thresholds = self._sum.clipping.thresholds.clone()
         params = self.trained()
         return step, params, self._stds(params)
 

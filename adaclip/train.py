@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -24,50 +24,20 @@ from adaclip.assembly import (
     pick_device,
     privacy_options,
 )
+from adaclip.batches import BatchInfo
 from adaclip.diagnostics import Diagnostics
 from adaclip.engine import PrivacyEngine
 from adaclip.errors import PrivacyBudgetExceeded
+from adaclip.evaluation import Interrupted, evaluate
 from adaclip.interrupts import Interrupts
 from adaclip.plots import plot_run
 from adaclip.progress import make_reporter
 from adaclip.runs import RunFolder, adopt_ledger
 from adaclip.smoothing import moving_average
 from adaclip.train_config import TrainConfig
+from adaclip.train_device import Place
 
 __all__ = ["Training", "evaluate", "is_finished"]
-
-_EVALUATION_BATCH = 500
-
-
-class _Interrupted(Exception):
-    """An evaluation was left because of a signal."""
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    normalize: Any,
-    interrupts: Interrupts | None = None,
-) -> tuple[float, float]:
-    """(accuracy, mean cross-entropy) of `model`, in evaluation mode; its mode is restored.
-
-    images: uint8 [N, C, H, W]; labels: int64 [N]; normalize: what `ImageData.normalize` is.
-    """
-    was_training = model.training
-    model.eval()
-    correct, loss = torch.zeros((), device=images.device), torch.zeros((), device=images.device)
-    try:
-        for x, y in zip(images.split(_EVALUATION_BATCH), labels.split(_EVALUATION_BATCH), strict=True):
-            if interrupts is not None and interrupts.requested:
-                raise _Interrupted
-            logits = model(normalize(x))
-            correct += (logits.argmax(1) == y).sum()
-            loss += cross_entropy(logits, y, reduction="sum")
-    finally:
-        model.train(was_training)
-    return float(correct) / len(labels), float(loss) / len(labels)
 
 
 def is_finished(folder: RunFolder) -> bool:
@@ -110,9 +80,12 @@ class Training:
         self.step, self.finished, self._private = 0, False, private_diagnostics
         self._seconds = self._training_seconds = 0.0
         self._evaluated_at: int | None = None
+        # By the number of rows: the outputs of the last batch of that many. Private.
+        self._logits: dict[int, Tensor] = {}
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.device = pick_device(config.device)
+        self._place = Place(config, self.device)
         self.data = load_data(config)
         self.size = len(self.data.train_labels)
         if config.batch_size > self.size:
@@ -123,7 +96,7 @@ class Training:
         self.total = config.steps or config.epochs * max(1, round(1 / self.sample_rate))
         self.eval_every = config.eval_every or max(1, math.ceil(self.total / 10))
         torch.manual_seed(config.seed)
-        self.model = build_model(config, self.data, self.device)
+        self.model = self._place.model(build_model(config, self.data, self.device))
         # The seed is in config.json, and dropout masks go by position in the batch: were they known, removing one
         # example would change what every later row contributes. They are drawn anew by every process, and
         # nothing of them is stored; so are the random views, from the loader's own key. (torch's CPU generator
@@ -132,7 +105,8 @@ class Training:
         # Copied before the engine attaches: the copy is an ordinary model.
         self.average = moving_average(self.model, config.ema) if config.ema else None
         self._make_private(None if saved is None else saved["run"])
-        self._test = tuple(t.to(self.device) for t in (self.data.test_images, self.data.test_labels))
+        self._test = self._place.data(self.data.test_images, self.data.test_labels)
+        self._step = self._place.step(self.model, self.optimizer, self._loss)
         self._diagnostics = Diagnostics(self.folder) if self._private else None
         if config.delta >= 1 / self.size:
             self.notes.append(
@@ -153,11 +127,13 @@ class Training:
             "module": self.model,
             "optimizer": build_optimizer(config, self.model),
             "data_loader": DataLoader(
-                TensorDataset(self.data.train_images.to(self.device), self.data.train_labels.to(self.device)),
+                TensorDataset(*self._place.data(self.data.train_images, self.data.train_labels)),
                 batch_size=config.batch_size,
                 shuffle=True,
+                pin_memory=self._place.gpu,
             ),
             "max_batch_size": config.max_batch_size,
+            "pad_to": self._place.pad_to,
             "loss_reduction": "sum",
             **privacy_options(config, self.data, self.total, diagnostics=self._private),
         }
@@ -180,7 +156,6 @@ class Training:
         else:
             made = self.engine.make_private(noise_multiplier=config.noise_multiplier, **options)
         _, self.optimizer, self.loader = made
-        self._used_norms = self.optimizer.clipping.thresholds.clone()
         self._groups = None if config.groups == "off" else self.optimizer.groups
 
     def _restore(self) -> None:
@@ -221,7 +196,7 @@ class Training:
                 self.finished = True
                 if self._evaluated_at != self.step:
                     self._evaluate()
-            except _Interrupted:
+            except Interrupted:
                 self.finished = False
             self._save()
             rows = self.folder.read_metrics()
@@ -233,61 +208,52 @@ class Training:
         while self.step < self.total:
             started = time.perf_counter()
             for images, labels in self.loader:
-                self._backward(images, labels)
-                if self._interrupts.requested and not self.loader.current.last:
-                    raise _Interrupted
-                if not self._release():
+                if not self._train_on(images, labels):
                     return
                 if not self.loader.current.last:
+                    if self._interrupts.requested:
+                        raise Interrupted
                     continue
                 self._clock(started)
                 if self._interrupts.requested:
-                    raise _Interrupted
+                    raise Interrupted
                 if self.step % self.eval_every == 0 or self.step == self.total:
                     self._evaluate()
                 if self.step == self.total:
                     return
                 started = time.perf_counter()
 
-    def _backward(self, images: Tensor, labels: Tensor) -> None:
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        # Copied to a place of its own, where a replayed step leaves it too.
+        kept = self._logits.get(len(logits))
+        if kept is None:
+            kept = self._logits[len(logits)] = torch.empty_like(logits)
+        kept.copy_(logits.detach())
+        # Smoothing moves every target alike, whatever the data: it costs no privacy. A sum: a mean would divide by
+        # the rows drawn, and round each sample's gradient by how many others there are.
+        return cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing, reduction="sum")
+
+    def _train_on(self, images: Tensor, labels: Tensor) -> bool:
+        """Train on a physical batch; False, with nothing changed, if the privacy budget is spent."""
         info = self.loader.current
         if info.first:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.config, self.step, self.total)
-        self.optimizer.zero_grad()
-        logits = self.model(self.data.normalize(images))
-        # Smoothing moves every target alike, whatever the data: it costs no privacy. A sum: a mean would divide by
-        # the rows drawn, and round each sample's gradient by how many others there are.
-        loss = cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing, reduction="sum")
-        loss.backward()
-        if info.rows and (self._reporter.wants_batches or self._diagnostics):
-            rows = info.rows * self.config.views
-            with torch.no_grad():
-                losses = cross_entropy(logits[:rows], labels[:rows], reduction="none")
-                correct = (logits[:rows].argmax(1) == labels[:rows]).float()
-                # A sample's views lie one behind the other.
-                losses, correct = (each.view(info.rows, -1).mean(1) for each in (losses, correct))
-            if self._reporter.wants_batches:
-                self._reporter.batch(float(losses.mean()), float(correct.mean()))
-            if self._diagnostics:
-                self._diagnostics.add(losses, correct, self.optimizer.sample_norms)
-
-    def _release(self) -> bool:
-        """Step the optimizer; False, with nothing changed, if the privacy budget is spent."""
-        if self.loader.current.last:
-            # The step changes them where they adapt; a copy stays on the device.
-            self._used_norms = self.optimizer.clipping.thresholds.clone()
+        images, labels = self._place.here(images), self._place.here(labels)
         try:
-            self.optimizer.step()
+            self._step(self._place.images(self.data.normalize(images)), labels)
         except PrivacyBudgetExceeded as reason:
             self._reporter.say(f"training ends at step {self.step} of {self.total}: {reason}")
             return False
-        if self.loader.current.last:
+        if info.rows and (self._reporter.wants_batches or self._diagnostics):
+            self._show(info, labels)
+        if info.last:
             self.step += 1
             if self.average is not None:
                 self.average.update_parameters(self.model)
             if self._diagnostics:
-                flat = self.optimizer.clipping.rule.kind == "threshold" and len(self._used_norms) == 1
+                flat = self.optimizer.clipping.rule.kind == "threshold"
+                flat = flat and len(self.optimizer.used_thresholds) == 1
                 self._diagnostics.write(
                     self.step,
                     self._used_norm() if flat else None,
@@ -295,6 +261,20 @@ class Training:
                     None if self._groups is None else self._groups.private,
                 )
         return True
+
+    @torch.no_grad()
+    def _show(self, info: BatchInfo, labels: Tensor) -> None:
+        """The batch's (private) loss and accuracy, to those that may see them."""
+        rows = info.rows * info.views
+        logits, labels = self._logits[info.padded_rows * info.views][:rows].float(), labels[:rows]
+        losses = cross_entropy(logits, labels, reduction="none")
+        correct = (logits.argmax(1) == labels).float()
+        # A sample's views lie one behind the other.
+        losses, correct = (each.view(info.rows, -1).mean(1) for each in (losses, correct))
+        if self._reporter.wants_batches:
+            self._reporter.batch(float(losses.mean()), float(correct.mean()))
+        if self._diagnostics:
+            self._diagnostics.add(losses, correct, self.optimizer.sample_norms)
 
     def _clock(self, started: float) -> None:
         seconds = time.perf_counter() - started
@@ -304,7 +284,7 @@ class Training:
 
     def _used_norm(self) -> float:
         """The norm that a sample's whole gradient was clipped to in the last step."""
-        return float(self._used_norms.square().sum().sqrt())
+        return float(self.optimizer.used_thresholds.square().sum().sqrt())
 
     def _epsilon(self) -> float:
         return self.engine.get_epsilon(self.config.delta)
@@ -320,7 +300,8 @@ class Training:
         self.engine.accountant.ledger.save(self.folder.ledger)
         started = time.perf_counter()
         model = self.model if self.average is None else self.average.module
-        accuracy, loss = evaluate(model, *self._test, self.data.normalize, self._interrupts)
+        with self._place.autocast():
+            accuracy, loss = evaluate(model, *self._test, self.data.normalize, self._interrupts)
         self._seconds += time.perf_counter() - started
         row = {
             "step": self.step,
@@ -377,6 +358,7 @@ class Training:
                 "learning_rate": self.config.learning_rate,
                 "trained_parameters": sum(p.numel() for p in self.optimizer.trained()),
                 "device": str(self.device),
+                "precision": self._place.precision,
                 "threads": torch.get_num_threads(),
             },
             versions={

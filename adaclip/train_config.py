@@ -15,7 +15,9 @@ from adaclip.schemes import SCHEMES
 __all__ = ["MACHINE", "TrainConfig", "schedule_parts"]
 
 # What may differ when a run is resumed: it changes where the run computes, not what.
-MACHINE = frozenset({"data_dir", "download", "max_batch_size", "device", "threads"})
+MACHINE = frozenset(
+    {"data_dir", "download", "max_batch_size", "device", "precision", "graph", "compile", "threads"}
+)
 
 
 def _setting(default: Any, kind: type, help: str, *, choices: tuple[str, ...] = (), metavar: str = "") -> Any:
@@ -198,6 +200,16 @@ class TrainConfig:
         metavar="B",
     )
     device: str = _setting("cpu", str, "auto: a GPU if there is one", choices=("cpu", "cuda", "auto"))
+    precision: str | None = _setting(
+        None,
+        str,
+        "of products: fp32 (default on the CPU), tf32 (default on a GPU) or bf16, under autocast",
+        choices=("fp32", "tf32", "bf16"),
+    )
+    graph: bool = _setting(
+        True, bool, "on a GPU, a whole step as one CUDA graph, over padded batches (not with max_batch_size)"
+    )
+    compile: bool = _setting(False, bool, "run the model through torch.compile")
     threads: int | None = _setting(None, int, "CPU threads; default: torch's choice", metavar="N")
 
     def check(self) -> TrainConfig:

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from adaclip import train
+from adaclip import evaluation, train
 from adaclip.accounting import Event, Ledger, SubsampledGaussian
 from adaclip.assembly import learning_rate, pick_device
 from adaclip.augment import AUGMENTATIONS, augment
@@ -254,6 +254,7 @@ def test_labels_are_smoothed_in_training_only(tmp_path, tiny_run, monkeypatch):
         return original(logits, labels, **options)
 
     monkeypatch.setattr(train, "cross_entropy", noting)
+    monkeypatch.setattr(evaluation, "cross_entropy", noting)
     for n, share in enumerate((0.0, 0.25)):
         training = tiny_run(tmp_path / str(n), steps=2, label_smoothing=share)
         assert training.folder.read_config()["train"]["label_smoothing"] == share
