@@ -21,7 +21,6 @@ from adaclip import backends
 from adaclip.backends import (
     BACKENDS,
     ConvGeometry,
-    Like,
     Rounding,
     SampleNorms,
     check_backend,
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BACKENDS",
-    "Like",
     "Rounding",
     "SampleNorms",
     "autocast_dtype",
@@ -90,7 +88,7 @@ def _alike(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return (x, g) if x.dtype == g.dtype else (wide(x), wide(g))
 
 
-def _backend_of_norms(backend: str, x: Tensor | Like, out_channels: int, geometry: ConvGeometry) -> str:
+def _backend_of_norms(backend: str, x: Tensor, out_channels: int, geometry: ConvGeometry) -> str:
     prefer = None
     if x.device.type == "cuda":
         entry = measured(x.device, conv_class(x.shape[2:], x.shape[1], out_channels, geometry, x.dtype))
@@ -99,7 +97,7 @@ def _backend_of_norms(backend: str, x: Tensor | Like, out_channels: int, geometr
 
 
 def conv_keeps(
-    x: Tensor | Like,
+    x: Tensor,
     out_channels: int,
     *,
     kernel: Sequence[int],

@@ -8,6 +8,7 @@ import torch
 from small_engine import data, flat, private, small_model, train
 from torch import nn
 
+from adaclip.layers import WSConv2d
 from adaclip.testing import square_loss
 
 
@@ -84,9 +85,17 @@ def test_unfreezing_later():
     assert not torch.equal(before, model[0].weight)
 
 
+def standardized_model():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        WSConv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3)
+    )
+
+
+@pytest.mark.parametrize("make", [small_model, standardized_model])
 @pytest.mark.parametrize("backend", ["aot_eager"])
-def test_compiled_forward_and_backward(backend):
-    one, two = private(sigma=0.0), private(sigma=0.0)
+def test_compiled_forward_and_backward(backend, make):
+    one, two = private(make(), sigma=0.0), private(make(), sigma=0.0)
     train(*one[1:])
     _, model, optimizer, loader = two
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)

@@ -61,7 +61,7 @@ def test_convolution(channels, size, scale, seed):
         made = ops.conv_sample_norms(x, g, **GEOMETRY, keep=keep)
         bounds = made.sqnorms
         if made.kept is None:
-            bounds = rounding_bound(bounds, made.magnitudes, 256 + 3, torch.float32)
+            bounds = rounding_bound(bounds, made.magnitudes, ops.conv_grad_rounding(x, g))
         # Norms near C, where an underestimate would matter most.
         bound = float(norms.median())
         factors = clip_factors(bounds.sqrt(), bound)
@@ -89,9 +89,7 @@ def test_linear(positions, scale, seed):
     made = ops.linear_sample_norms(a, g)
     bounds = made.sqnorms
     if made.kept is None:
-        bounds = rounding_bound(
-            bounds, made.magnitudes, reference.linear_roundings(2 * positions), torch.float32
-        )
+        bounds = rounding_bound(bounds, made.magnitudes, ops.linear_grad_rounding(a, g))
     bound = float(norms.median())
     factors = clip_factors(bounds.sqrt(), bound)
     for b in range(4):

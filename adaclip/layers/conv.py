@@ -146,25 +146,6 @@ class ConvLayer(Layer):
         return grads
 
 
-@torch.compiler.assume_constant_result
-def _keeps_not(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    out_channels: int,
-    geometry: dict,
-    backend: str,
-) -> bool:
-    """Whether the norms of such inputs are taken without keeping the per-sample gradients.
-
-    On the CPU 16-bit outputs would hide part of the norm, and gradients are instantiated in their place.
-    """
-    if device.type == "cpu" and dtype not in (torch.float32, torch.float64):
-        return False
-    x = ops.Like(shape, dtype, device)
-    return not ops.conv_keeps(x, out_channels, **geometry, backend=backend)
-
-
 def _position_sums(g: Tensor) -> Tensor:
     """[B, C, *out] -> [B, C], summed in at least float32."""
     return g.flatten(2).sum(-1, dtype=reference.wide_dtype(g.dtype))
@@ -189,12 +170,18 @@ class StandardizedConvLayer(ConvLayer):
     """
 
     def saves_output(self, x: Tensor) -> bool:
-        return _keeps_not(
-            tuple(x.shape), x.dtype, x.device, self.module.out_channels, self._geometry(), self.backend
+        # On the CPU 16-bit outputs would hide part of the norm, and gradients are instantiated in their place.
+        if x.device.type == "cpu" and x.dtype not in (torch.float32, torch.float64):
+            return False
+        # Compiled code does not ask what the sizes decide: they may be symbols there. `measure` asks again.
+        return torch.compiler.is_compiling() or not ops.conv_keeps(
+            x, self.module.out_channels, **self._geometry(), backend=self.backend
         )
 
     def weight(self) -> Tensor:
-        return self.module.standardized_weight().detach().requires_grad_()
+        weight = self.module.standardized_weight()
+        # It gets no gradient. A compiler refuses to make a leaf inside of a graph, and needs none.
+        return weight if torch.compiler.is_compiling() else weight.detach().requires_grad_()
 
     def _fold(self, use: Use, views: int) -> Use:
         x, g, *dots = use.tensors
