@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from emulated_graph import Emulated
 from small_engine import CLASSES, flat, private
 from torch import nn
 
 from adaclip.clipping import AdaptiveClipping, DCSGDClipping, FlatClipping, PerLayerClipping
-from adaclip.graphed import GraphedStep
+from adaclip.errors import PrivacyBudgetExceeded
+from adaclip.graphed import CudaGraphs, GraphedStep
 from adaclip.groups import LabelGroups
 from adaclip.schedules import Linear
 from adaclip.smoothing import DiSK, NoiseCorrectedNadam, SmoothedLoss
@@ -14,30 +16,6 @@ from adaclip.smoothing import DiSK, NoiseCorrectedNadam, SmoothedLoss
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 EXAMPLES, BATCH = 30, 6
-
-
-class Again:
-    """In the place of CUDA graphs: a recorded function is not run, and then run at every replay."""
-
-    def __init__(self, device):
-        self.rehearsals = self.recorded = self.replays = 0
-
-    def rehearse(self, run):
-        self.rehearsals += 1
-        run()
-
-    def record(self, run):
-        self.recorded += 1
-
-        def replay():
-            self.replays += 1
-            run()
-
-        return replay
-
-
-class Emulated(GraphedStep):
-    recorder = Again
 
 
 def network():
@@ -171,3 +149,179 @@ def test_an_empty_batch_is_replayed_too():
         assert any(info.rows == 0 for info, *_ in found)
         runs.append(found)
     assert all(map(same, *runs))
+
+
+@pytest.mark.parametrize("case", ["everything", "histogram"])
+def test_a_resumed_run_goes_on_as_the_loop_does(case, tmp_path):
+    ends = []
+    for graphed in (False, True):
+        engine, model, optimizer, loader, step = make(case, graphed)
+        train(model, optimizer, loader, step, 5, [])
+        engine.save_checkpoint(tmp_path / "here", module=model, optimizer=optimizer)
+        # Into a run under way, whose captures are of other state tensors, and into a new one.
+        train(model, optimizer, loader, step, 8, [])
+        for again in (False, True):
+            if again:
+                engine, model, optimizer, loader, step = make(case, graphed)
+            engine.load_checkpoint(tmp_path / "here", module=model, optimizer=optimizer)
+            train(model, optimizer, loader, step, optimizer.releases + 4, found := [])
+            ends.append((graphed, [entry[1:] for entry in found], optimizer.state_dict()["state"]))
+    loops, replays = ([end[1:] for end in ends if end[0] is kind] for kind in (False, True))
+    assert same(replays, loops)
+
+
+def whole_batch(loader):
+    """A logical batch that comes as one."""
+    return next(batch for batch in loader if loader.current.first and loader.current.last)
+
+
+def snapshot(engine, model, optimizer):
+    parts = [part for part in (optimizer.clipping, optimizer.groups) if part is not None]
+    inner = optimizer._sum
+    return [
+        # Of the parameters themselves, wherever gradients are taken.
+        {name: t.clone() for name, t in model.state_dict().items()},
+        [p.grad for p in model.parameters()],
+        optimizer.state_dict(),
+        [part.state_dict() for part in parts],
+        engine.accountant.ledger.state_dict(),
+        optimizer.releases,
+        optimizer.non_finite_samples,
+        inner.statistics.sums.clone(),
+        inner.sample_norms,
+        inner.release,
+        torch.get_rng_state(),
+        None if optimizer.groups is None else optimizer.groups.private,
+    ]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rehearsals_leave_everything_as_it_was(case, monkeypatch):
+    engine, model, optimizer, loader, step = make(case, True)
+    model.insert(2, Counts())
+    train(model, optimizer, loader, step, 2, [])
+    step._captured.clear()
+    x, y = whole_batch(loader)
+    # A schedule's threshold of the coming release, which the batch's begin sets.
+    optimizer.clipping.begin(optimizer.releases)
+    before, taken = snapshot(engine, model, optimizer), {}
+
+    def stop(info):
+        taken["now"] = snapshot(engine, model, optimizer)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(optimizer, "begin_release", stop)
+    rehearsed = step._recorder.rehearsals
+    with pytest.raises(KeyboardInterrupt):
+        step(x, y)
+    assert step._recorder.rehearsals == rehearsed + 3
+    # Private diagnostics of the last batch are given up.
+    assert same(taken["now"][:-1], before[:-1])
+
+
+class Counts(nn.Module):
+    """Changes a buffer in its forward, and draws random numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.calls += 1
+            torch.rand(3)
+        return x
+
+
+def test_rehearsals_see_no_sample(monkeypatch):
+    _, model, optimizer, loader, step = make("everything", True)
+    sums = []
+    reset = type(optimizer._sum).reset
+
+    def looked_at(total):
+        sums.extend(p.grad.abs().sum().item() for p in model.parameters() if p.grad is not None)
+        sums.extend(total.statistics.sums.tolist())
+        reset(total)
+
+    monkeypatch.setattr(type(optimizer._sum), "reset", looked_at)
+    monkeypatch.setattr(optimizer, "begin_release", lambda info: pytest.fail("far enough", pytrace=False))
+    x, y = whole_batch(loader)
+    with pytest.raises(pytest.fail.Exception, match="far enough"):
+        step(x, y)
+    assert len(sums) > 10
+    assert not any(sums)
+
+
+def test_the_budget_is_asked_before_anything_is_enqueued():
+    engine, model, optimizer, loader, step = make("SGD", True)
+    train(model, optimizer, loader, step, 1, [])
+    engine.set_budget(engine.get_epsilon(1e-5) + 1e-9, 1e-5)
+    x, y = whole_batch(loader)
+    before, replays = snapshot(engine, model, optimizer), step._recorder.replays
+    with pytest.raises(PrivacyBudgetExceeded):
+        step(x, y)
+    assert same(snapshot(engine, model, optimizer), before)
+    assert step._recorder.replays == replays
+
+
+def test_one_batch_is_released_once():
+    _, _, _, loader, step = make("SGD", True)
+    x, y = whole_batch(loader)
+    step(x, y)
+    with pytest.raises(RuntimeError, match="released already"):
+        step(x, y)
+
+
+def test_a_batch_that_the_loader_did_not_give_is_refused():
+    _, _, optimizer, loader, step = make("SGD", True)
+    x, y = whole_batch(loader)
+    with pytest.raises(RuntimeError, match="handed out 10 rows"):
+        step(x[:4], y[:4])
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="handed out 10 rows"):
+        step(torch.cat([x, x]), torch.cat([y, y]))
+
+
+def test_captures_follow_what_they_are_of():
+    _, model, optimizer, loader, step = make("Adam, norm schedule", True)
+    train(model, optimizer, loader, step, 3, [])
+    assert step._recorder.recorded == 1
+    model[0].requires_grad_(False)
+    frozen = model[0].weight.clone()
+    train(model, optimizer, loader, step, 6, [])
+    assert step._recorder.recorded == 2
+    assert torch.equal(model[0].weight, frozen)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        train(model, optimizer, loader, step, 9, [])
+    assert step._recorder.recorded == 3
+    model[0].requires_grad_(True)
+    train(model, optimizer, loader, step, 12, [])
+    assert step._recorder.recorded == 3
+    assert not torch.equal(model[0].weight, frozen)
+
+
+def test_what_cannot_be_captured_is_refused():
+    _, model, optimizer, _, _ = make("SGD", False)
+    with pytest.raises(ValueError, match="CUDA GPU, got cpu"):
+        GraphedStep(model, optimizer, nn.functional.cross_entropy)
+    with pytest.raises(TypeError, match="make_private's, got SGD"):
+        Emulated(model, optimizer.original_optimizer, nn.functional.cross_entropy)
+    with pytest.raises(ValueError, match="warmup must be at least 1, got 0"):
+        Emulated(model, optimizer, nn.functional.cross_entropy, warmup=0)
+    assert GraphedStep.recorder is CudaGraphs
+
+
+def test_an_optimizer_of_its_own_step_is_refused_before_it_is_booked():
+    engine, _, optimizer, loader, step = make("SGD", True)
+    optimizer.original_optimizer.register_step_pre_hook(lambda *_: None)
+    x, y = whole_batch(loader)
+    with pytest.raises(RuntimeError, match="fused update"):
+        step(x, y)
+    assert optimizer.releases == len(engine.accountant.history) == 0
+
+
+def test_a_side_release_that_does_not_split_is_refused(monkeypatch):
+    _, model, optimizer, _, _ = make("everything", False)
+    monkeypatch.setattr(type(optimizer._sum.statistics), "unsplit", ["Mine"])
+    with pytest.raises(ValueError, match="SplitRelease, got Mine"):
+        Emulated(model, optimizer, nn.functional.cross_entropy)
