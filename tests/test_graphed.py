@@ -325,3 +325,18 @@ def test_a_side_release_that_does_not_split_is_refused(monkeypatch):
     monkeypatch.setattr(type(optimizer._sum.statistics), "unsplit", ["Mine"])
     with pytest.raises(ValueError, match="SplitRelease, got Mine"):
         Emulated(model, optimizer, nn.functional.cross_entropy)
+
+
+def test_a_compiled_module_takes_the_same_steps(monkeypatch):
+    compiled = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda module: compiled(module, backend="aot_eager", fullgraph=True)
+    )
+    ends = []
+    for compile in (False, True):
+        _, model, optimizer, loader, _ = make("SGD", False, pad_to=16)
+        step = Emulated(model, optimizer, nn.functional.cross_entropy, compile=compile, warmup=1)
+        train(model, optimizer, loader, step, 4, [])
+        assert step._recorder.replays == 4
+        ends.append(flat(model))
+    torch.testing.assert_close(*ends)
