@@ -120,10 +120,8 @@ class PrivacyEngine:
             augmentation: what is done to the images of each view, a name or a function (`adaclip.augment`).
             max_batch_size: split logical batches into physical ones of at most so many rows; the loop
               stays as it is, `step` and `zero_grad` act on the last one only.
-            pad_to: fill physical batches with zero-weight rows to this size ("auto": the largest that
-              is usual), so that shapes do not change.
-            backend: what computes norms, sums, noise and updates: "auto", "cuda", "triton", "cpp" or
-              "reference" (`adaclip.backends` says which is what).
+            pad_to: fill physical batches with zero-weight rows to this size ("auto": the largest usual one).
+            backend: "auto" or one of `adaclip.backends.BACKENDS`, which says what is what.
             loss_reduction: "mean" or "sum", as the criterion does over the rows of the batch. A mean over
               anything else (class weights, ignored targets, only some of the rows) makes one sample's
               gradient depend on the others, and the clipping norm mean something else.
