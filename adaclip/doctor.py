@@ -156,12 +156,7 @@ def _lines(report: dict[str, Any]) -> list[str]:
         lines.append(f"C++ core: not loaded: {core['why_not']}")
     if torch["installed"]:
         lines.append(f"torch threads: {torch['threads']}")
-        lines.append(
-            f"CUDA: {torch['gpu']}; the kernels of this version are for the CPU, so on the GPU the reference "
-            "backend (plain torch) runs: right, but not fast"
-            if torch["cuda"]
-            else "CUDA: none found by torch; nothing of this version needs it (its kernels are for the CPU)"
-        )
+        lines.append(f"GPU: {torch['gpu'] if torch['cuda'] else 'none that torch can use; the CPU kernels run'}")
     for name, entry in report["optional"].items():
         state = "installed" if entry["installed"] else "not installed"
         lines.append(f"optional {name}: {state}; for {entry['for']}")
