@@ -156,7 +156,9 @@ def _lines(report: dict[str, Any]) -> list[str]:
         lines.append(f"C++ core: not loaded: {core['why_not']}")
     if torch["installed"]:
         lines.append(f"torch threads: {torch['threads']}")
-        lines.append(f"GPU: {torch['gpu'] if torch['cuda'] else 'none that torch can use; the CPU kernels run'}")
+        lines.append(
+            f"GPU: {torch['gpu'] if torch['cuda'] else 'none that torch can use; the CPU kernels run'}"
+        )
     for name, entry in report["optional"].items():
         state = "installed" if entry["installed"] else "not installed"
         lines.append(f"optional {name}: {state}; for {entry['for']}")
