@@ -231,8 +231,8 @@ def conv_sample_norms(
         |gradient|^2 = sum_{t,t'} S[t,t'] sum_tap K[pos(t, tap), pos(t', tap)].
 
     K's half is written to a scratch that one program owns and reads back shifted, tap by tap: at 8 x 8 the 16 KiB
-    lie in L1, at 16 x 16 those of all programs in L2. Shifting in registers (`tl.gather`, twice per tap) takes
-    2.5 times the instructions and twice the registers, and cannot hold a second tile. Images of more than 512 positions take
+    lie in L1, at 16 x 16 those of all programs in L2. Shifting in registers (`tl.gather`, twice per tap) compiled to
+    1.4 times the instructions of this loop, and cannot hold a second tile. Images of more than 512 positions take
     `instantiated_norms`: there the gradient is the cheaper way for all but very many channels.
 
     The bound. With u = 2^-23 and n_x, n_g the units of `products.roundings`, K[s,s'] is off by n_x u |x_s| |x_s'| and
