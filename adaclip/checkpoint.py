@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
-import tempfile
+from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import nn
@@ -14,51 +14,80 @@ from torch import nn
 from adaclip.accounting import Accountant, Ledger
 from adaclip.batches import LoaderBase
 from adaclip.budget import Budget
+from adaclip.checkpoint_archive import check_archive
+from adaclip.files import replace_file
 from adaclip.optimizer import DPOptimizer
 
 __all__ = ["VERSION", "Lineage", "check", "collect", "load", "restore", "save"]
 
 VERSION = 3
+# What `collect` gives.
+_ENTRIES = frozenset(
+    ("module", "optimizer", "accountant", "run", "kinds", "parts", "releases", "loader", "budget", "extra")
+)
 
 
 def save(path: str | os.PathLike, state: dict[str, Any]) -> None:
-    """Write `state` (tensors and plain values) so that `path` is the old file or the whole new one."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save({"format": "adaclip-checkpoint", "version": VERSION, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-            # mkstemp gives the owner alone access; a checkpoint is an ordinary file.
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    """Write `state` (tensors and plain values) so that `path` is the old file or the whole new one, on disk.
+
+    Raises:
+        OSError: it cannot be written; an existing file is unchanged.
+    """
+
+    def write(file: BinaryIO) -> None:
+        output = _Output(file)
+        torch.save({"format": "adaclip-checkpoint", "version": VERSION, **state}, output)
+        if output.error is not None:
+            raise output.error
+
+    replace_file(path, write)
 
 
-def _umask() -> int:
-    # The only way to read it is to set it.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+class _Output:
+    """A file for torch.save, which buries the error of a write under others of its own: here it is kept."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        if self.error is None:
+            try:
+                return self._file.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        pass
 
 
 def load(path: str | os.PathLike) -> dict[str, Any]:
-    """Read what `save` wrote. Raises ValueError with the reason if it is anything else."""
+    """Read what `save` wrote; executes nothing, whatever is in the file, and takes memory in proportion to its size.
+
+    Raises:
+        ValueError: it is anything else, or damaged in a single bit, with the reason.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"checkpoint {path} does not exist")
+    check_archive(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"checkpoint {path} does not exist") from None
     except Exception as error:  # the unpickler raises nearly anything on damaged bytes
         raise ValueError(
             f"checkpoint {path} cannot be read ({type(error).__name__}): it is damaged"
         ) from error
     if not isinstance(state, dict) or state.get("format") != "adaclip-checkpoint":
         raise ValueError(f"{path} is not an adaclip checkpoint")
-    if state["version"] != VERSION:
-        raise ValueError(f"checkpoint {path} has version {state['version']}; this adaclip reads {VERSION}")
+    if state.get("version") != VERSION:
+        raise ValueError(
+            f"checkpoint {path} has version {state.get('version')!r}; this adaclip reads {VERSION}"
+        )
+    lacking = _ENTRIES - state.keys()
+    if lacking:
+        raise ValueError(f"checkpoint {path} lacks {', '.join(sorted(lacking))}: it is damaged")
     return state
 
 
@@ -71,7 +100,12 @@ def collect(
     run: str,
     extra: dict | None,
 ) -> dict[str, Any]:
-    """What a checkpoint holds: everything that a run continues from, but the noise key."""
+    """What a checkpoint holds: everything that a run continues from, but the noise key.
+
+    Raises:
+        TypeError: `extra` has a value that could not be loaded again; the message says where.
+    """
+    _check_plain(extra or {}, "extra")
     return {
         "module": module.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -101,8 +135,25 @@ def check(
 
     budget: that of the run it is loaded into, which goes before the checkpoint's own.
     """
+    try:
+        return _checked(state, module, optimizer, loader, accountant, budget)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        # Of a form that `collect` does not give.
+        raise ValueError(f"the checkpoint is damaged ({type(error).__name__}: {error})") from error
+
+
+def _checked(
+    state: dict[str, Any],
+    module: nn.Module,
+    optimizer: DPOptimizer,
+    loader: LoaderBase,
+    accountant: Accountant,
+    budget: Budget | None,
+) -> tuple[Ledger, Budget | None]:
     _check_module(state["module"], module)
     _check_kinds(state["kinds"], _kinds(optimizer, loader))
+    _check_optimizer(state["optimizer"], optimizer)
+    _check_counters(state)
     ledger = Ledger.from_state_dict(state["accountant"])
     _check_kinds({"adjacency": ledger.adjacency}, {"adjacency": accountant.adjacency})
     for name, part in _parts(optimizer).items():
@@ -117,15 +168,22 @@ def check(
     return ledger, saved if budget is None else budget.continuing(saved)
 
 
-def restore(state: dict[str, Any], module: nn.Module, optimizer: DPOptimizer, loader: LoaderBase) -> None:
-    """Continue from `state`, which `check` has passed."""
+def restore(
+    state: dict[str, Any], module: nn.Module, optimizer: DPOptimizer, loader: LoaderBase, lost: int = 0
+) -> None:
+    """Continue from `state`, which `check` has passed.
+
+    lost: steps on the account that the checkpoint has not got. They keep their places in a noise schedule, as a plan
+      has it. With a given key, steps done again are replayed at their own places, which is what such a key is for.
+    """
     for name, part in _parts(optimizer).items():
         if part is not None:
             part.load_state_dict(state["parts"][name]["state"])
     loader.load_state_dict(state["loader"])
     optimizer.load_state_dict(state["optimizer"])
     module.load_state_dict(state["module"])
-    optimizer.releases = max(optimizer.releases, state["releases"])
+    here = state["releases"] + (lost if optimizer.source.secure else 0)
+    optimizer.releases = max(optimizer.releases, here)
 
 
 class Lineage:
@@ -179,6 +237,54 @@ def _check_module(saved: dict[str, torch.Tensor], module: nn.Module) -> None:
                 f"the checkpoint is of another model: it {what} {', '.join(names[:5])}"
                 + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             )
+
+
+def _check_optimizer(saved: dict[str, Any], optimizer: DPOptimizer) -> None:
+    """Raise ValueError unless `saved` holds, for every parameter, tensors of its shape and plain values."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [i for group in saved["param_groups"] for i in group["params"]]
+    if len(numbers) != len(params) or len(set(numbers)) != len(numbers):
+        raise ValueError(f"the optimizer's state is of {len(numbers)} parameters, got {len(params)}")
+    for i, p in zip(numbers, params, strict=True):
+        for name, value in saved["state"].get(i, {}).items():
+            if isinstance(value, torch.Tensor) and value.shape not in (p.shape, ()):
+                raise ValueError(
+                    f"the optimizer's {name} must be of shape {tuple(p.shape)}, got {tuple(value.shape)}"
+                )
+    for group, ours in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        lacking = ours.keys() - group.keys()
+        if lacking:
+            raise ValueError(f"the optimizer's parameter groups lack {', '.join(sorted(lacking))}")
+
+
+def _check_counters(state: dict[str, Any]) -> None:
+    """Raise ValueError unless positions in the keystream are counts."""
+    counters = {"releases": state["releases"]} | {k: state["loader"][k] for k in ("step", "epoch")}
+    for name, value in counters.items():
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:
+            raise ValueError(f"{name} must be a count, got {value!r}")
+
+
+_PLAIN = (
+    *(str, bytes, int, float, bool, type(None)),
+    *(torch.Tensor, nn.Parameter, torch.Size, torch.dtype, torch.device),
+)
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """Raise TypeError unless `load` would give `value` back."""
+    if type(value) in (dict, OrderedDict):
+        for key, item in value.items():
+            _check_plain(key, f"a key of {where}")
+            _check_plain(item, f"{where}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for i, item in enumerate(value):
+            _check_plain(item, f"{where}[{i}]")
+    elif type(value) not in _PLAIN:
+        raise TypeError(
+            f"{where} must be a plain value (numbers, text, lists, tuples, dicts, tensors), got "
+            f"{type(value).__name__}: a checkpoint that holds it could not be loaded again"
+        )
 
 
 def _kinds(optimizer: DPOptimizer, loader: LoaderBase) -> dict[str, Any]:

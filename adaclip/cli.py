@@ -33,7 +33,8 @@ def _user_errors() -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code.
 
-    0: done. 2: the arguments, the data or the machine are at fault, and stderr says how in one paragraph.
+    0: done. 2: the arguments, the data or the machine are at fault (a disk that is full, a checkpoint that is damaged,
+    a folder in use, parameters that diverge), and stderr says how in one paragraph.
     130: interrupted. 1: `doctor` or `audit` found a fault; a fault of adaclip's own raises and leaves its traceback.
     """
     try:
@@ -123,7 +124,6 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     from adaclip.allocator import keep_freed_memory
-    from adaclip.backends import kernels_on
     from adaclip.runs import RunFolder
 
     keep_freed_memory()
@@ -131,6 +131,16 @@ def _train(args: argparse.Namespace) -> int:
         training = _resume(args, RunFolder) if args.resume else _start(args, RunFolder)
     if training is None:
         return 0
+    try:
+        return _run(training, args)
+    finally:
+        training.folder.close()
+
+
+def _run(training: Any, args: argparse.Namespace) -> int:
+    from adaclip.backends import kernels_on
+    from adaclip.errors import TrainingDiverged
+
     folder = training.folder.path
     for note in training.notes:
         print(note, file=sys.stderr)
@@ -144,9 +154,12 @@ def _train(args: argparse.Namespace) -> int:
         print(f"kernels on {training.device.type}: {kernels_on(training.device)}", file=sys.stderr)
     try:
         summary = training.run(quiet=args.quiet)
+    except TrainingDiverged as error:
+        raise _UserError(str(error)) from error
     except OSError as error:
         raise _UserError(
-            f"the run folder {folder} cannot be written: {error}; continue with --resume"
+            f"the run folder {folder} cannot be written: {error}. What it held is whole; once it can be written, "
+            f"continue with: adaclip train --resume {folder}"
         ) from error
     if summary is None:
         print(
@@ -183,14 +196,21 @@ def _resume(args: argparse.Namespace, folders: Any) -> Any:
     if args.run_dir is not None and args.run_dir.resolve() != args.resume.resolve():
         raise ValueError(f"--run-dir must be the folder given to --resume, {args.resume}, got {args.run_dir}")
     folder = folders.open(args.resume)
-    saved = folder.read_config()
-    config = resume_with(saved["train"], flags_given(args))
-    from adaclip.train import Training, is_finished
+    try:
+        saved = folder.read_config()
+        config = resume_with(saved["train"], flags_given(args))
+        from adaclip.train import Training, is_finished
 
-    if is_finished(folder):
-        print(f"the run in {folder.path} is finished: there is nothing to resume", file=sys.stderr)
-        return None
-    return Training(config, folder, saved=saved, private_diagnostics=args.private_diagnostics)
+        if folder.begun and is_finished(folder):
+            print(f"the run in {folder.path} is finished: there is nothing to resume", file=sys.stderr)
+            folder.close()
+            return None
+        # Cut off before its first checkpoint, a run is started anew: it has released nothing.
+        saved = saved if folder.begun else None
+        return Training(config, folder, saved=saved, private_diagnostics=args.private_diagnostics)
+    except BaseException:
+        folder.close()
+        raise
 
 
 def _default_folder(dataset: str, model: str) -> Path:

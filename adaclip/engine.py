@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from adaclip import arguments, checkpoint
-from adaclip.accounting import Accountant, SubsampledGaussian, create_accountant
+from adaclip.accounting import Accountant, Ledger, SubsampledGaussian, create_accountant
 from adaclip.augment import Augmentation
 from adaclip.batches import BatchInfo, class_labels
 from adaclip.budget import Budget
@@ -359,20 +359,49 @@ class PrivacyEngine:
     # --- checkpoints -------------------------------------------------------------------------------
 
     def save_checkpoint(
-        self, path: str | os.PathLike, *, module: nn.Module, optimizer: DPOptimizer, extra: dict | None = None
+        self,
+        path: str | os.PathLike,
+        *,
+        module: nn.Module,
+        optimizer: DPOptimizer,
+        extra: dict | None = None,
+        ledger: str | os.PathLike | None = None,
     ) -> None:
         """Write model, optimizer, thresholds and other released state, ledger and counters to `path`, atomically.
 
-        The noise key is not in it: a resumed run draws a new one. `extra`: plain values of your own.
+        The noise key is not in it: a resumed run draws a new one.
+
+        Args:
+            extra: plain values of your own: numbers, text, lists, tuples, dicts, tensors.
+            ledger: the run's ledger file, one for all of its checkpoints. It is written first, so that no byte of
+              the checkpoint can be seen before what it shows is on the account. Without it, a process killed while
+              it writes leaves a part of a checkpoint whose steps a resumed run does not count.
+
+        For a run that may be killed: call `engine.accountant.ledger.save(ledger)` before anything else of the model is
+        shown (an evaluation, weights sent elsewhere), and resume with `load_checkpoint(…, ledger=ledger)`.
+
+        Raises OSError, with the old checkpoint unchanged, if it cannot be written.
         """
         self._check_attached(module, optimizer)
         here = self._loader, self.accountant, self._budget, self._lineage.run
-        checkpoint.save(path, checkpoint.collect(module, optimizer, *here, extra))
+        state = checkpoint.collect(module, optimizer, *here, extra)
+        if ledger is not None:
+            self.accountant.ledger.save(ledger)
+        checkpoint.save(path, state)
 
     def load_checkpoint(
-        self, path: str | os.PathLike, *, module: nn.Module, optimizer: DPOptimizer
+        self,
+        path: str | os.PathLike,
+        *,
+        module: nn.Module,
+        optimizer: DPOptimizer,
+        ledger: str | os.PathLike | None = None,
     ) -> dict[str, Any]:
         """Continue from `path`; returns the `extra` it was saved with. Loading executes no code.
+
+        ledger: the file that `save_checkpoint` was given. Steps that it holds beyond the checkpoint were released, or
+          may have been: they are booked. They are done again with new noise, and count again. (With a given key, the
+          same noise is drawn again for the same batches: a replay, which counts all the same.)
 
         Raises ValueError, with nothing changed, if the file is damaged or of another version, or belongs
         to another model, optimizer, clipping, groups, smoothing, noise multiplier, schedule or data set.
@@ -380,11 +409,12 @@ class PrivacyEngine:
         self._check_attached(module, optimizer)
         state = checkpoint.load(path)
         here = self._loader, self.accountant, self._budget
-        ledger, budget = checkpoint.check(state, module, optimizer, *here)
+        saved, budget = checkpoint.check(state, module, optimizer, *here)
+        counted = saved if ledger is None else Ledger.load(ledger).longer(saved)
         # The sum in hand was clipped to other thresholds, and its parameters are about to change.
         optimizer._sum.reset()
-        checkpoint.restore(state, module, optimizer, self._loader)
-        self._lineage.adopt(self.accountant, state.get("run"), ledger)
+        checkpoint.restore(state, module, optimizer, self._loader, lost=counted.steps - saved.steps)
+        self._lineage.adopt(self.accountant, state["run"], counted)
         self._budget = budget
         return state["extra"]
 

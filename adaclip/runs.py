@@ -5,11 +5,25 @@
     metrics.jsonl      one object per evaluation
     checkpoint.pt      model, optimizer, ledger and counters
     *.png              plots of metrics.jsonl
+    .lock              held by the process that trains here
     PRIVATE-not-for-release/   only with --private-diagnostics
 
-The ledger is written before anything it accounts for (metrics, checkpoint), so a crash in between can
-only over-count. Everything outside PRIVATE-not-for-release is computed from noised parameters and public
-numbers. Needs no torch.
+Everything outside PRIVATE-not-for-release is computed from noised parameters and public numbers. What is released
+when, and what a process killed at any point leaves behind:
+
+* A step is released when something that depends on its noise can be seen: first by the bytes of a checkpoint being
+  written, then by its evaluation. What a killed process held in memory alone was not released, and does not count.
+* The order is ledger, checkpoint, evaluation, metrics. Each is on disk before the next begins, so the ledger on disk
+  counts at least every step of which a byte can be found.
+* A resumed run goes on from the checkpoint, and with the larger of two accounts: the checkpoint's own and the ledger
+  file's, one of which continues the other. Steps that only the ledger file holds may have been seen and stay on the
+  account. They are done again with new noise, and count again: both branches are releases of the data. A budget that
+  these steps were planned to fill is then spent before the run's last step, where training ends.
+* With a given key (for tests and replay; `adaclip train` takes none) the steps that are done again are the same
+  releases, bit for bit, at the same places of a noise schedule. They count again all the same.
+* A copy of a run folder that is resumed as well is another run on the same data. Both count; nobody can see it here.
+
+Needs no torch.
 """
 
 from __future__ import annotations
@@ -17,15 +31,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adaclip.accounting import Accountant, Ledger
+from adaclip.accounting import Ledger
+from adaclip.files import Lock, append_line, leftovers, replace_file
 
-__all__ = ["PRIVATE", "RunFolder", "adopt_ledger"]
+__all__ = ["PRIVATE", "RunFolder"]
 
 SCHEMA = 1
 PRIVATE = "PRIVATE-not-for-release"
@@ -44,6 +58,8 @@ guarantee in ledger.json.
 class RunFolder:
     """A folder that holds one run.
 
+    `create` and `open` lock it: no other process may train here until `close`, or until this one ends.
+
     Attributes:
         path: the folder.
         config, ledger, metrics, checkpoint: paths of its files.
@@ -56,6 +72,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.checkpoint = path / "checkpoint.pt"
         self._made: list[Path] = []
+        self._lock: Lock | None = None
 
     # --- making and opening ------------------------------------------------------------------------
 
@@ -70,48 +87,104 @@ class RunFolder:
         path = Path(path)
         if path.exists() and not path.is_dir():
             raise ValueError(f"run folder {path} is a file: choose another one with --run-dir")
-        if path.is_dir() and any(path.iterdir()):
-            what = "holds a run already" if (path / "config.json").exists() else "is not empty"
-            raise ValueError(
-                f"run folder {path} {what}, and nothing is overwritten: choose another one with --run-dir, "
-                f"or continue it with --resume {path}"
-            )
         folder = cls(path)
+        if path.is_dir():
+            folder._check_empty()
         try:
             for parent in reversed([path, *path.parents]):
                 if not parent.exists():
                     parent.mkdir()
                     folder._made.append(parent)
-            with tempfile.TemporaryFile(dir=path):
-                pass
+            folder._take()
+            # Once more: another process may have been here first.
+            folder._check_empty()
+        except BlockingIOError:
+            raise
         except OSError as error:
             folder.abandon()
             raise OSError(
                 f"run folder {path} cannot be written ({error.strerror or error}): choose another one with "
                 "--run-dir"
             ) from error
+        except ValueError:
+            folder.close()
+            raise
         return folder
+
+    def _check_empty(self) -> None:
+        """Raise ValueError if there is anything but what killed starts leave."""
+        ours = {self._lock_file, *leftovers(self.path)}
+        if all(entry in ours for entry in self.path.iterdir()):
+            return
+        what = "holds a run already" if self.config.exists() else "is not empty"
+        raise ValueError(
+            f"run folder {self.path} {what}, and nothing is overwritten: choose another one with --run-dir, "
+            f"or continue it with --resume {self.path}"
+        )
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunFolder:
-        """The folder of a run to resume.
+        """The folder of a run to resume, rid of what a killed process left half-written.
 
         Raises:
             ValueError: it holds no run, or one that cannot be resumed; it is left as it is.
+            OSError: it cannot be written, or another process trains in it.
         """
         folder = cls(Path(path))
-        for file in (folder.config, folder.ledger, folder.checkpoint):
-            if not file.is_file():
-                raise ValueError(f"{path} holds no run that could be resumed: {file.name} is missing")
+        folder._check_resumable()
         try:
-            with tempfile.TemporaryFile(dir=path):
-                pass
+            folder._take()
+        except BlockingIOError:
+            raise
         except OSError as error:
+            folder.close()
             raise OSError(f"run folder {path} cannot be written ({error.strerror or error})") from error
         return folder
 
+    def _check_resumable(self) -> None:
+        missing = [file for file in (self.config, self.ledger, self.checkpoint) if not file.is_file()]
+        if self.checkpoint in missing and self.config not in missing and self._untrained():
+            return
+        if missing:
+            raise ValueError(f"{self.path} holds no run that could be resumed: {missing[0].name} is missing")
+
+    def _untrained(self) -> bool:
+        """Whether no step can have been released here: a start that was cut off before the first checkpoint."""
+        if self.metrics.exists():
+            return False
+        return not self.ledger.exists() or Ledger.load(self.ledger).steps == 0
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a checkpoint to go on from; if not, the run has yet to take its first step."""
+        return self.checkpoint.is_file()
+
+    @property
+    def _lock_file(self) -> Path:
+        return self.path / ".lock"
+
+    def _take(self) -> None:
+        """Lock the folder, see that it can be written, and clear it of leftovers; OSError where that fails."""
+        try:
+            self._lock = Lock(self._lock_file)
+        except BlockingIOError as error:
+            raise BlockingIOError(f"run folder {self.path} is in use: another process trains in it") from error
+        with tempfile.TemporaryFile(dir=self.path):
+            pass
+        for path in leftovers(self.path):
+            path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let another process train here."""
+        if self._lock is not None:
+            self._lock.release()
+
     def abandon(self) -> None:
-        """Remove the folders that `create` made, where nothing has been put into them."""
+        """Undo `create` where no checkpoint has been written: remove what there is of the run, and folders made."""
+        if self._lock is not None and not self.checkpoint.exists():
+            for file in (self.config, self.ledger, self._lock_file):
+                file.unlink(missing_ok=True)
+        self.close()
         for made in reversed(self._made):
             try:
                 made.rmdir()
@@ -150,13 +223,31 @@ class RunFolder:
         append_row(self.metrics, row)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The evaluations, oldest first, without those of steps that a resumed run did again."""
+        """The evaluations, oldest first, without those of steps that a resumed run did again.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
         rows: list[dict[str, Any]] = []
-        if self.metrics.exists():
-            for row in map(json.loads, whole_lines(self.metrics)):
-                while rows and rows[-1]["step"] >= row["step"]:
-                    rows.pop()
-                rows.append(row)
+        for row in self._rows():
+            while rows and rows[-1]["step"] >= row["step"]:
+                rows.pop()
+            rows.append(row)
+        return rows
+
+    def published(self) -> int:
+        """The last step of which an evaluation was written; 0 if there is none. ValueError as in `read_metrics`."""
+        return max((row["step"] for row in self._rows()), default=0)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        if not self.metrics.exists():
+            return []
+        try:
+            rows = [json.loads(line) for line in whole_lines(self.metrics)]
+        except ValueError as error:
+            raise ValueError(f"{self.metrics} is damaged: {error}") from error
+        if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
+            raise ValueError(f"{self.metrics} is damaged: not every line is an object with an integer step")
         return rows
 
     # --- private -------------------------------------------------------------------------------------
@@ -169,27 +260,6 @@ class RunFolder:
         if not readme.exists():
             write_text(readme, _PRIVATE_README)
         return folder / name
-
-
-def adopt_ledger(accountant: Accountant, written: Ledger) -> int:
-    """Book into `accountant` (of a checkpoint) what the run's ledger file holds beyond it.
-
-    The ledger is written before the checkpoint, so a crash leaves it ahead: those steps may have been
-    seen, and count. Returns their number, 0 if the file is not ahead.
-
-    Raises:
-        ValueError: the two are of different runs: neither continues the other. Nothing is booked.
-    """
-    more = written.after(accountant.ledger)
-    if more is None:
-        if accountant.ledger.after(written) is None:
-            raise ValueError(
-                "the ledger and the checkpoint are of different runs: neither continues the other"
-            )
-        return 0
-    for event in more:
-        accountant.add(*event)
-    return sum(event.count for event in more)
 
 
 # --- files ------------------------------------------------------------------------------------------------
@@ -215,31 +285,13 @@ def epsilon_text(epsilon: float) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that `path` is the old one or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    data = text.encode()
+    replace_file(path, lambda file: file.write(data))
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one JSON line, dropping a line that a crash left unfinished."""
-    line = json.dumps(standard(dict(row)), allow_nan=False) + "\n"
-    with open(path, "a+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        if size:
-            file.seek(size - 1)
-            if file.read(1) != b"\n":
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(line.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    """Append one JSON line, on disk when this returns, dropping a line that a crash left unfinished."""
+    append_line(path, json.dumps(standard(dict(row)), allow_nan=False))
 
 
 def whole_lines(path: Path) -> list[str]:

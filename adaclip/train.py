@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import platform
@@ -15,7 +16,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import adaclip
 from adaclip import checkpoint
-from adaclip.accounting import Ledger
 from adaclip.assembly import (
     build_model,
     build_optimizer,
@@ -27,12 +27,12 @@ from adaclip.assembly import (
 from adaclip.batches import BatchInfo
 from adaclip.diagnostics import Diagnostics
 from adaclip.engine import PrivacyEngine
-from adaclip.errors import PrivacyBudgetExceeded
+from adaclip.errors import PrivacyBudgetExceeded, TrainingDiverged
 from adaclip.evaluation import Interrupted, evaluate
 from adaclip.interrupts import Interrupts
 from adaclip.plots import plot_run
 from adaclip.progress import make_reporter
-from adaclip.runs import RunFolder, adopt_ledger
+from adaclip.runs import RunFolder
 from adaclip.smoothing import moving_average
 from adaclip.train_config import TrainConfig
 from adaclip.train_device import Place
@@ -80,6 +80,8 @@ class Training:
         self.step, self.finished, self._private = 0, False, private_diagnostics
         self._seconds = self._training_seconds = 0.0
         self._evaluated_at: int | None = None
+        # How many releases were on the account when the last step was done, or the run was restored.
+        self._booked = 0
         # By the number of rows: the outputs of the last batch of that many. Private.
         self._logits: dict[int, Tensor] = {}
         if config.threads is not None:
@@ -159,8 +161,9 @@ class Training:
         self._groups = None if config.groups == "off" else self.optimizer.groups
 
     def _restore(self) -> None:
+        """Go on from the checkpoint, with the larger of its account and the ledger file's (`adaclip.runs`)."""
         extra = self.engine.load_checkpoint(
-            self.folder.checkpoint, module=self.model, optimizer=self.optimizer
+            self.folder.checkpoint, module=self.model, optimizer=self.optimizer, ledger=self.folder.ledger
         )
         if not {"step", "finished", "seconds", "training_seconds", "ema"} <= extra.keys():
             raise ValueError(f"{self.folder.checkpoint} was not written by `adaclip train`")
@@ -168,16 +171,19 @@ class Training:
             self.average.load_state_dict(extra["ema"])
         self.step, self.finished = extra["step"], extra["finished"]
         self._seconds, self._training_seconds = extra["seconds"], extra["training_seconds"]
-        lost = adopt_ledger(self.engine.accountant, Ledger.load(self.folder.ledger))
-        if lost:
-            # They had their places in a noise schedule.
-            self.optimizer.releases += lost
-            self.notes.append(
-                f"the ledger holds {lost} steps more than the checkpoint: their results may have been seen, so "
-                "they stay on the account"
+        self._booked = self.engine.accountant.ledger.steps
+        published = self.folder.published()
+        if self._booked < max(published, self.step):
+            raise ValueError(
+                f"{self.folder.ledger} counts {self._booked} steps, fewer than the {max(published, self.step)} whose "
+                "results are in this folder: an older copy of it must have been put back. Restore the newest one"
             )
-        rows = self.folder.read_metrics()
-        if rows and rows[-1]["step"] == self.step:
+        if self._booked > self.step:
+            self.notes.append(
+                f"the ledger holds {self._booked - self.step} steps more than the checkpoint: their results may have "
+                "been seen, so they stay on the account"
+            )
+        if published == self.step and self.folder.metrics.exists():
             self._evaluated_at = self.step
 
     # --- the loop ------------------------------------------------------------------------------------
@@ -185,26 +191,41 @@ class Training:
     def run(self, *, quiet: bool = False) -> dict[str, Any] | None:
         """Train to the end; return the summary, or None if SIGINT or SIGTERM came before the end.
 
-        Either way the folder then holds ledger, checkpoint and plots.
+        Either way the folder then holds ledger, checkpoint and plots. Where anything raises, it holds the ledger of
+        what was released, and, unless that was in the middle of a step, the checkpoint of the last one.
+
+        Raises:
+            TrainingDiverged: parameters are not finite; the folder keeps its last checkpoint.
+            OSError: the folder cannot be written any more; it holds what was there before.
         """
         reporter = make_reporter(quiet=quiet, start=self.step, total=self.total, split=self.split)
         with Interrupts() as interrupts, reporter:
             self._reporter, self._interrupts = reporter, interrupts
             reporter.step(self.step, self._epsilon, self._rate())
             try:
-                self._train()
-                self.finished = True
-                if self._evaluated_at != self.step:
-                    self._evaluate()
-            except Interrupted:
-                self.finished = False
-            self._save()
-            rows = self.folder.read_metrics()
-            plot_run(self.folder.path, rows, split=self.split)
+                try:
+                    self._train()
+                    if self._evaluated_at != self.step:
+                        self._evaluate()
+                    rows = self._plot()
+                    # Said last: from here on there is nothing left to resume.
+                    self.finished = True
+                    self._save()
+                except Interrupted:
+                    self._save()
+                    self._plot()
+            except BaseException:
+                # The error that is under way is the one to tell of.
+                with contextlib.suppress(OSError, TrainingDiverged):
+                    self._keep_what_happened()
+                raise
         return self._summary(rows[-1]) if self.finished else None
 
     def _train(self) -> None:
         self.model.train()
+        if self._due():
+            # Resumed from the checkpoint of a step whose evaluation was cut off.
+            self._evaluate()
         while self.step < self.total:
             started = time.perf_counter()
             for images, labels in self.loader:
@@ -217,11 +238,16 @@ class Training:
                 self._clock(started)
                 if self._interrupts.requested:
                     raise Interrupted
-                if self.step % self.eval_every == 0 or self.step == self.total:
+                if self._due():
                     self._evaluate()
                 if self.step == self.total:
                     return
                 started = time.perf_counter()
+
+    def _due(self) -> bool:
+        """Whether the step that is done is one to evaluate after, and that has not happened."""
+        at = self.step > 0 and self.step % self.eval_every == 0
+        return (at or self.step == self.total) and self._evaluated_at != self.step
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         # Copied to a place of its own, where a replayed step leaves it too.
@@ -251,6 +277,8 @@ class Training:
             self.step += 1
             if self.average is not None:
                 self.average.update_parameters(self.model)
+            # The state is whole again.
+            self._booked = self.engine.accountant.ledger.steps
             if self._diagnostics:
                 flat = self.optimizer.clipping.rule.kind == "threshold"
                 flat = flat and len(self.optimizer.used_thresholds) == 1
@@ -296,8 +324,8 @@ class Training:
     # --- what is released ----------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
-        """Ledger, evaluation, metrics, checkpoint: in this order, so that a crash can only over-count."""
-        self.engine.accountant.ledger.save(self.folder.ledger)
+        """Ledger, checkpoint, evaluation, metrics: in this order (`adaclip.runs`)."""
+        self._save()
         started = time.perf_counter()
         model = self.model if self.average is None else self.average.module
         with self._place.autocast():
@@ -323,10 +351,24 @@ class Training:
         self.folder.append_metrics(row)
         self._evaluated_at = self.step
         self._reporter.evaluation(row, self.split, self.total)
-        self._save()
+        if not math.isfinite(loss):
+            # Of released parameters and images that are not trained on. How many training samples are left out because
+            # of such values is private.
+            self._reporter.say(
+                f"the {self.split} loss at step {self.step} is not finite: training samples for which it is not, "
+                "either, are left out, and their steps are noise alone"
+            )
 
     def _save(self) -> None:
+        """Ledger, then checkpoint. Raises TrainingDiverged in between, with the old checkpoint kept."""
+        self._write_ledger()
+        self._check_finite()
+        self._write_checkpoint()
+
+    def _write_ledger(self) -> None:
         self.engine.accountant.ledger.save(self.folder.ledger)
+
+    def _write_checkpoint(self) -> None:
         extra = {
             "step": self.step,
             "finished": self.finished,
@@ -337,6 +379,27 @@ class Training:
         self.engine.save_checkpoint(
             self.folder.checkpoint, module=self.model, optimizer=self.optimizer, extra=extra
         )
+
+    def _check_finite(self) -> None:
+        """Raise TrainingDiverged if a parameter is not finite: a function of released values, so nothing leaks."""
+        bad = [name for name, p in self.model.named_parameters() if not bool(p.isfinite().all())]
+        if bad:
+            raise TrainingDiverged(
+                f"training diverged: {len(bad)} parameters are not finite after step {self.step} of {self.total} "
+                f"({', '.join(bad[:3])}{', …' if len(bad) > 3 else ''}). The ledger counts these steps; the checkpoint "
+                f"in {self.folder.path} is of an earlier one. A lower lr or fp32 may help, in a new run"
+            )
+
+    def _keep_what_happened(self) -> None:
+        """After an error: the ledger, and the state of the last step unless another one had begun to be released."""
+        self._write_ledger()
+        if self._booked == self.engine.accountant.ledger.steps:
+            self._save()
+
+    def _plot(self) -> list[dict[str, Any]]:
+        rows = self.folder.read_metrics()
+        plot_run(self.folder.path, rows, split=self.split)
+        return rows
 
     def _write_config(self) -> None:
         self.folder.write_config(

@@ -189,8 +189,8 @@ def test_the_ledger_is_on_disk_before_anything_it_accounts_for(tmp_path, monkeyp
     )
     training.run(quiet=True)
     two, four = (
-        [("evaluate", 2), ("metrics", 2), ("checkpoint", 2)],
-        [("evaluate", 4), ("metrics", 4), ("checkpoint", 4)],
+        [("checkpoint", 2), ("evaluate", 2), ("metrics", 2)],
+        [("checkpoint", 4), ("evaluate", 4), ("metrics", 4)],
     )
     assert seen == [*two, *four, ("checkpoint", 4)]
 

@@ -7,10 +7,8 @@ for one adjacency: what "one example" means in its guarantee.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from adaclip.accounting.releases import (
     release_from_dict,
     release_to_dict,
 )
+from adaclip.files import replace_file
 
 SCHEMA = 2
 
@@ -98,6 +97,20 @@ class Ledger:
                 return None
         return rest
 
+    def longer(self, other: Ledger) -> Ledger:
+        """Whichever of two records of one run continues the other; this one if they are equal.
+
+        A ledger file that is written ahead of checkpoints and the ledger inside one of them are such records.
+
+        Raises:
+            ValueError: neither begins with the other: they are not of one run.
+        """
+        if self.after(other) is not None:
+            return self
+        if other.after(self) is not None:
+            return other
+        raise ValueError("the ledger and the checkpoint are of different runs: neither continues the other")
+
     @property
     def events(self) -> list[Event]:
         """A copy of the events, oldest first."""
@@ -165,30 +178,15 @@ class Ledger:
         return ledger
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the ledger to a JSON file atomically: a crash leaves the old file or the new one, never a part.
+        """Write the ledger to a JSON file atomically, and to disk: a crash leaves the old file or the new one.
+
+        What is published after this returns is on the account, whatever happens.
 
         Raises:
             OSError: the file or its folder cannot be written; an existing file is unchanged.
         """
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
         text = json.dumps(self.state_dict(), indent=1, allow_nan=False) + "\n"
-        try:
-            with open(temporary, "x", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
-        # The rename itself is durable only once the folder is on disk.
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        replace_file(path, lambda file: file.write(text.encode()))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Ledger:
