@@ -168,7 +168,9 @@ class RunFolder:
         try:
             self._lock = Lock(self._lock_file)
         except BlockingIOError as error:
-            raise BlockingIOError(f"run folder {self.path} is in use: another process trains in it") from error
+            raise BlockingIOError(
+                f"run folder {self.path} is in use: another process trains in it"
+            ) from error
         with tempfile.TemporaryFile(dir=self.path):
             pass
         for path in leftovers(self.path):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
-import platform
 import time
 from typing import Any
 
@@ -14,7 +12,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-import adaclip
 from adaclip import checkpoint
 from adaclip.assembly import (
     build_model,
@@ -36,6 +33,7 @@ from adaclip.runs import RunFolder
 from adaclip.smoothing import moving_average
 from adaclip.train_config import TrainConfig
 from adaclip.train_device import Place
+from adaclip.train_records import evaluation_row, run_settings, summary
 
 __all__ = ["Training", "evaluate", "is_finished"]
 
@@ -58,7 +56,7 @@ class Training:
         private_diagnostics: write per-step diagnostics of training examples into a marked folder.
 
     Attributes:
-        step: logical steps done; total: logical steps planned.
+        step: logical steps done; total: logical steps planned; seconds: spent on them and on evaluations.
         notes: remarks for the user, one paragraph each.
         finished: the planned steps are done, or the budget is spent.
 
@@ -78,7 +76,7 @@ class Training:
         self.config, self.folder, self.notes = config, folder, []
         self.split = "validation" if config.validation else "test"
         self.step, self.finished, self._private = 0, False, private_diagnostics
-        self._seconds = self._training_seconds = 0.0
+        self.seconds = self._training_seconds = 0.0
         self._evaluated_at: int | None = None
         # How many releases were on the account when the last step was done, or the run was restored.
         self._booked = 0
@@ -87,7 +85,7 @@ class Training:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.device = pick_device(config.device)
-        self._place = Place(config, self.device)
+        self.place = Place(config, self.device)
         self.data = load_data(config)
         self.size = len(self.data.train_labels)
         if config.batch_size > self.size:
@@ -98,7 +96,7 @@ class Training:
         self.total = config.steps or config.epochs * max(1, round(1 / self.sample_rate))
         self.eval_every = config.eval_every or max(1, math.ceil(self.total / 10))
         torch.manual_seed(config.seed)
-        self.model = self._place.model(build_model(config, self.data, self.device))
+        self.model = self.place.model(build_model(config, self.data, self.device))
         # The seed is in config.json, and dropout masks go by position in the batch: were they known, removing one
         # example would change what every later row contributes. They are drawn anew by every process, and
         # nothing of them is stored; so are the random views, from the loader's own key. (torch's CPU generator
@@ -107,8 +105,8 @@ class Training:
         # Copied before the engine attaches: the copy is an ordinary model.
         self.average = moving_average(self.model, config.ema) if config.ema else None
         self._make_private(None if saved is None else saved["run"])
-        self._test = self._place.data(self.data.test_images, self.data.test_labels)
-        self._step = self._place.step(self.model, self.optimizer, self._loss)
+        self._test = self.place.data(self.data.test_images, self.data.test_labels)
+        self._step = self.place.step(self.model, self.optimizer, self._loss)
         self._diagnostics = Diagnostics(self.folder) if self._private else None
         if config.delta >= 1 / self.size:
             self.notes.append(
@@ -118,7 +116,7 @@ class Training:
         if self.optimizer.noise_multiplier == 0:
             self.notes.append("warning: noise_multiplier is 0: nothing of this run is private")
         if saved is None:
-            self._write_config()
+            self.folder.write_config(**run_settings(self))
             self._save()
         else:
             self._restore()
@@ -129,13 +127,13 @@ class Training:
             "module": self.model,
             "optimizer": build_optimizer(config, self.model),
             "data_loader": DataLoader(
-                TensorDataset(*self._place.data(self.data.train_images, self.data.train_labels)),
+                TensorDataset(*self.place.data(self.data.train_images, self.data.train_labels)),
                 batch_size=config.batch_size,
                 shuffle=True,
-                pin_memory=self._place.gpu,
+                pin_memory=self.place.gpu,
             ),
             "max_batch_size": config.max_batch_size,
-            "pad_to": self._place.pad_to,
+            "pad_to": self.place.pad_to,
             "loss_reduction": "sum",
             **privacy_options(config, self.data, self.total, diagnostics=self._private),
         }
@@ -158,7 +156,7 @@ class Training:
         else:
             made = self.engine.make_private(noise_multiplier=config.noise_multiplier, **options)
         _, self.optimizer, self.loader = made
-        self._groups = None if config.groups == "off" else self.optimizer.groups
+        self.groups = None if config.groups == "off" else self.optimizer.groups
 
     def _restore(self) -> None:
         """Go on from the checkpoint, with the larger of its account and the ledger file's (`adaclip.runs`)."""
@@ -170,7 +168,7 @@ class Training:
         if self.average is not None:
             self.average.load_state_dict(extra["ema"])
         self.step, self.finished = extra["step"], extra["finished"]
-        self._seconds, self._training_seconds = extra["seconds"], extra["training_seconds"]
+        self.seconds, self._training_seconds = extra["seconds"], extra["training_seconds"]
         self._booked = self.engine.accountant.ledger.steps
         published = self.folder.published()
         if self._booked < max(published, self.step):
@@ -201,7 +199,7 @@ class Training:
         reporter = make_reporter(quiet=quiet, start=self.step, total=self.total, split=self.split)
         with Interrupts() as interrupts, reporter:
             self._reporter, self._interrupts = reporter, interrupts
-            reporter.step(self.step, self._epsilon, self._rate())
+            reporter.step(self.step, self.epsilon, self.rate())
             try:
                 try:
                     self._train()
@@ -219,7 +217,7 @@ class Training:
                 with contextlib.suppress(OSError, TrainingDiverged):
                     self._keep_what_happened()
                 raise
-        return self._summary(rows[-1]) if self.finished else None
+        return summary(self, rows[-1]) if self.finished else None
 
     def _train(self) -> None:
         self.model.train()
@@ -265,9 +263,9 @@ class Training:
         if info.first:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.config, self.step, self.total)
-        images, labels = self._place.here(images), self._place.here(labels)
+        images, labels = self.place.here(images), self.place.here(labels)
         try:
-            self._step(self._place.images(self.data.normalize(images)), labels)
+            self._step(self.place.images(self.data.normalize(images)), labels)
         except PrivacyBudgetExceeded as reason:
             self._reporter.say(f"training ends at step {self.step} of {self.total}: {reason}")
             return False
@@ -284,9 +282,9 @@ class Training:
                 flat = flat and len(self.optimizer.used_thresholds) == 1
                 self._diagnostics.write(
                     self.step,
-                    self._used_norm() if flat else None,
+                    self.used_norm() if flat else None,
                     self.optimizer.non_finite_samples,
-                    None if self._groups is None else self._groups.private,
+                    None if self.groups is None else self.groups.private,
                 )
         return True
 
@@ -306,18 +304,18 @@ class Training:
 
     def _clock(self, started: float) -> None:
         seconds = time.perf_counter() - started
-        self._seconds += seconds
+        self.seconds += seconds
         self._training_seconds += seconds
-        self._reporter.step(self.step, self._epsilon, self._rate())
+        self._reporter.step(self.step, self.epsilon, self.rate())
 
-    def _used_norm(self) -> float:
+    def used_norm(self) -> float:
         """The norm that a sample's whole gradient was clipped to in the last step."""
         return float(self.optimizer.used_thresholds.square().sum().sqrt())
 
-    def _epsilon(self) -> float:
+    def epsilon(self) -> float:
         return self.engine.get_epsilon(self.config.delta)
 
-    def _rate(self) -> float:
+    def rate(self) -> float:
         """Images/s by the expected batch size: the realised sizes are private."""
         return self.loader.expected_batch_size * self.step / max(self._training_seconds, 1e-9)
 
@@ -328,26 +326,10 @@ class Training:
         self._save()
         started = time.perf_counter()
         model = self.model if self.average is None else self.average.module
-        with self._place.autocast():
+        with self.place.autocast():
             accuracy, loss = evaluate(model, *self._test, self.data.normalize, self._interrupts)
-        self._seconds += time.perf_counter() - started
-        row = {
-            "step": self.step,
-            "epoch": self.step * self.sample_rate,
-            f"{self.split}_accuracy": accuracy,
-            f"{self.split}_loss": loss,
-            "epsilon": self._epsilon(),
-            "delta": self.config.delta,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "max_grad_norm": self._used_norm(),
-            "noise_multiplier": self.optimizer.noise_multiplier,
-            "gradient_noise_multiplier": self.optimizer.gradient_noise_multiplier,
-            "seconds": self._seconds,
-            "images_per_second": self._rate(),
-        }
-        if self._groups is not None and self._groups.released:
-            released = self._groups.released
-            row |= {"selected_group": released["selected"], "group_ratios": released["ratios"].tolist()}
+        self.seconds += time.perf_counter() - started
+        row = evaluation_row(self, accuracy, loss)
         self.folder.append_metrics(row)
         self._evaluated_at = self.step
         self._reporter.evaluation(row, self.split, self.total)
@@ -372,7 +354,7 @@ class Training:
         extra = {
             "step": self.step,
             "finished": self.finished,
-            "seconds": self._seconds,
+            "seconds": self.seconds,
             "training_seconds": self._training_seconds,
             "ema": None if self.average is None else self.average.state_dict(),
         }
@@ -400,43 +382,3 @@ class Training:
         rows = self.folder.read_metrics()
         plot_run(self.folder.path, rows, split=self.split)
         return rows
-
-    def _write_config(self) -> None:
-        self.folder.write_config(
-            train=dataclasses.asdict(self.config),
-            run={
-                "dataset_size": self.size,
-                "evaluated_on": {"split": self.split, "size": len(self.data.test_labels)},
-                "duplicates_removed": self.data.duplicates_removed,
-                "classes": self.data.classes,
-                "image_shape": list(self.data.train_images.shape[1:]),
-                "steps": self.total,
-                "expected_batch_size": self.loader.expected_batch_size,
-                "sample_rate": self.sample_rate,
-                "noise_multiplier": self.optimizer.base_noise_multiplier,
-                "gradient_noise_multiplier": self.optimizer.gradient_noise_multiplier,
-                "max_grad_norm": self.optimizer.max_grad_norm,
-                "clipping": self.optimizer.clipping.config(),
-                "groups": None if self._groups is None else self._groups.config(),
-                "learning_rate": self.config.learning_rate,
-                "trained_parameters": sum(p.numel() for p in self.optimizer.trained()),
-                "device": str(self.device),
-                "precision": self._place.precision,
-                "threads": torch.get_num_threads(),
-            },
-            versions={
-                "adaclip": adaclip.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-        )
-
-    def _summary(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {
-            f"{self.split}_accuracy": row[f"{self.split}_accuracy"],
-            "epsilon": float(row["epsilon"]),  # "inf" in the file: JSON has no infinity
-            "delta": row["delta"],
-            "images_per_second": row["images_per_second"],
-            "seconds": row["seconds"],
-            "run_folder": str(self.folder.path),
-        }
