@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,7 +17,7 @@ from adaclip.accounting import Accountant, Ledger
 from adaclip.batches import LoaderBase
 from adaclip.budget import Budget
 from adaclip.checkpoint_archive import check_archive
-from adaclip.files import replace_file
+from adaclip.files import Output, replace_file
 from adaclip.optimizer import DPOptimizer
 
 __all__ = ["VERSION", "Lineage", "check", "collect", "load", "restore", "save"]
@@ -35,31 +37,12 @@ def save(path: str | os.PathLike, state: dict[str, Any]) -> None:
     """
 
     def write(file: BinaryIO) -> None:
-        output = _Output(file)
+        output = Output(file)
         torch.save({"format": "adaclip-checkpoint", "version": VERSION, **state}, output)
         if output.error is not None:
             raise output.error
 
     replace_file(path, write)
-
-
-class _Output:
-    """A file for torch.save, which buries the error of a write under others of its own: here it is kept."""
-
-    def __init__(self, file: BinaryIO):
-        self._file = file
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        if self.error is None:
-            try:
-                return self._file.write(data)
-            except OSError as error:
-                self.error = error
-        return len(data)
-
-    def flush(self) -> None:
-        pass
 
 
 def load(path: str | os.PathLike) -> dict[str, Any]:
@@ -136,36 +119,39 @@ def check(
     budget: that of the run it is loaded into, which goes before the checkpoint's own.
     """
     try:
-        return _checked(state, module, optimizer, loader, accountant, budget)
+        _check_module(state["module"], module)
+        _check_kinds(state["kinds"], _kinds(optimizer, loader))
+        with _damage():
+            _check_optimizer(state["optimizer"], optimizer)
+            _check_counters(state)
+            ledger = Ledger.from_state_dict(state["accountant"])
+            saved = None if state["budget"] is None else Budget.from_state_dict(state["budget"])
+        _check_kinds({"adjacency": ledger.adjacency}, {"adjacency": accountant.adjacency})
+        for name, part in _parts(optimizer).items():
+            _check_part(name, state["parts"][name], part)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         # Of a form that `collect` does not give.
         raise ValueError(f"the checkpoint is damaged ({type(error).__name__}: {error})") from error
-
-
-def _checked(
-    state: dict[str, Any],
-    module: nn.Module,
-    optimizer: DPOptimizer,
-    loader: LoaderBase,
-    accountant: Accountant,
-    budget: Budget | None,
-) -> tuple[Ledger, Budget | None]:
-    _check_module(state["module"], module)
-    _check_kinds(state["kinds"], _kinds(optimizer, loader))
-    _check_optimizer(state["optimizer"], optimizer)
-    _check_counters(state)
-    ledger = Ledger.from_state_dict(state["accountant"])
-    _check_kinds({"adjacency": ledger.adjacency}, {"adjacency": accountant.adjacency})
-    for name, part in _parts(optimizer).items():
-        saved = state["parts"][name]
-        if (saved is None) != (part is None):
-            lacks = "the checkpoint has none" if saved is None else "this run has none"
-            raise ValueError(f"{name} must be the checkpoint's, but {lacks}")
-        if part is not None:
-            _check_kinds({name: saved["config"]}, {name: part.config()})
-            part.check_state(saved["state"])
-    saved = None if state["budget"] is None else Budget.from_state_dict(state["budget"])
     return ledger, saved if budget is None else budget.continuing(saved)
+
+
+def _check_part(name: str, saved: dict[str, Any] | None, part: Any) -> None:
+    if (saved is None) != (part is None):
+        lacks = "the checkpoint has none" if saved is None else "this run has none"
+        raise ValueError(f"{name} must be the checkpoint's, but {lacks}")
+    if part is not None:
+        _check_kinds({name: saved["config"]}, {name: part.config()})
+        with _damage():
+            part.check_state(saved["state"])
+
+
+@contextmanager
+def _damage() -> Iterator[None]:
+    """In here a ValueError says what the file must be, and is of the file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"the checkpoint is damaged: {error}") from error
 
 
 def restore(

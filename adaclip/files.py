@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["Lock", "append_line", "leftovers", "replace_file", "sync_folder"]
+__all__ = ["Lock", "Output", "append_line", "leftovers", "replace_file", "sync_folder"]
 
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.part")
 
@@ -47,6 +47,25 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
         if isinstance(error, OSError) and error.errno is not None:
             raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise
+
+
+class Output:
+    """A file for a writer that buries the error of a write under others of its own: here the first one is kept."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        if self.error is None:
+            try:
+                return self._file.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        """Nothing: the owner of the file does."""
 
 
 def append_line(path: str | os.PathLike[str], line: str) -> None:

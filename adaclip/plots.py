@@ -13,6 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from adaclip.files import replace_file
+
 __all__ = ["plot_comparison", "plot_privacy", "plot_run"]
 
 # Told apart without color vision too: eight colors (Okabe, Ito 2008, with a gray) by four dashes.
@@ -162,6 +164,4 @@ def _dress(axes: Axes, label: str) -> None:
 
 def _save(figure: Figure, path: Path) -> None:
     # The old plot or the new one: an interrupted run may be interrupted again.
-    temporary = path.with_name(f".{path.name}.part")
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.replace(path)
+    replace_file(path, lambda file: figure.savefig(file, dpi=120, format="png"))

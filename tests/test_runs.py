@@ -1,14 +1,20 @@
 """adaclip.runs: run folders, torn files, and which ledger counts."""
 
+import errno
+import fcntl
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaclip.accounting import Ledger, RDPAccountant, SubsampledGaussian
-from adaclip.runs import PRIVATE, RunFolder, adopt_ledger, append_row, epsilon_text, standard, write_text
+from adaclip.accounting import Ledger, SubsampledGaussian
+from adaclip.files import Lock
+from adaclip.runs import PRIVATE, RunFolder, append_row, epsilon_text, standard, write_text
 
 EVENTS = st.lists(
     st.tuples(st.sampled_from([0.1, 0.2]), st.sampled_from([1.0, 2.0]), st.integers(1, 5)), max_size=5
@@ -17,13 +23,6 @@ EVENTS = st.lists(
 
 def ledger(events):
     return Ledger((SubsampledGaussian(q, sigma), count) for q, sigma, count in events)
-
-
-def accountant(events):
-    made = RDPAccountant()
-    for event in events:
-        made.step(*event)
-    return made
 
 
 def cut(events, steps):
@@ -42,15 +41,15 @@ def test_a_new_folder_is_made_with_its_parents_and_can_be_taken_back(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_abandoning_removes_nothing_that_was_there_or_has_content(tmp_path):
+def test_abandoning_removes_nothing_that_was_there_or_is_not_the_runs(tmp_path):
     empty = tmp_path / "mine"
     empty.mkdir()
     RunFolder.create(empty).abandon()
-    assert empty.is_dir()
+    assert list(empty.iterdir()) == []
     folder = RunFolder.create(tmp_path / "full")
-    write_text(folder.config, "{}")
+    write_text(folder.path / "notes.txt", "mine")
     folder.abandon()
-    assert folder.config.exists()
+    assert [p.name for p in folder.path.iterdir()] == ["notes.txt"]
 
 
 def test_a_folder_with_a_run_or_anything_else_is_refused_and_left_alone(tmp_path):
@@ -143,16 +142,158 @@ def test_private_files_lie_in_a_folder_that_says_so(tmp_path):
     assert "not for release" in (path.parent / "README.md").read_text()
 
 
+# --- one process at a time, and what a killed one leaves --------------------------------------------------
+
+
+def test_a_folder_is_locked_while_a_run_is_in_it(tmp_path):
+    folder = RunFolder.create(tmp_path / "r")
+    with pytest.raises(BlockingIOError, match="is in use: another process trains in it"):
+        RunFolder.create(tmp_path / "r")
+    write_text(folder.config, "{}")
+    write_text(folder.ledger, "{}")
+    write_text(folder.checkpoint, "")
+    with pytest.raises(BlockingIOError, match="is in use"):
+        RunFolder.open(tmp_path / "r")
+    folder.close()
+    RunFolder.open(tmp_path / "r").close()
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from adaclip.runs import RunFolder
+folder = RunFolder.create(sys.argv[1])
+print("holds it", flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_lock_of_a_killed_process_is_gone(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "r")], stdout=subprocess.PIPE, text=True
+    ) as holder:
+        try:
+            assert holder.stdout.readline() == "holds it\n"
+            with pytest.raises(BlockingIOError, match="is in use"):
+                RunFolder.create(tmp_path / "r")
+        finally:
+            holder.kill()
+    # The start that was killed has left the lock's file alone, which is no obstacle.
+    assert [p.name for p in (tmp_path / "r").iterdir()] == [".lock"]
+    RunFolder.create(tmp_path / "r").abandon()
+    assert [p.name for p in (tmp_path / "r").iterdir()] == []
+
+
+def test_a_lock_on_a_file_that_was_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    path, flock = tmp_path / "lock", fcntl.flock
+
+    def removed_just_before(handle, operation):
+        monkeypatch.undo()
+        path.unlink()
+        flock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", removed_just_before)
+    lock = Lock(path)
+    with pytest.raises(BlockingIOError):
+        Lock(path)
+    lock.release()
+    Lock(path).release()
+
+
+def test_leftovers_are_cleared_by_the_next_run_and_nothing_else(tmp_path):
+    folder = RunFolder.create(tmp_path / "r")
+    for name in (
+        "config.json",
+        "ledger.json",
+        "checkpoint.pt",
+        ".hidden.part",
+        "mine.part",
+        "checkpoint.pt.part",
+    ):
+        (folder.path / name).write_text("{}")
+    for name in (".checkpoint.pt.0123abcd.part", ".ledger.json.deadbeef.part"):
+        (folder.path / name).write_text("half")
+    before = {p.name for p in folder.path.iterdir()}
+    folder.close()
+    RunFolder.open(folder.path).close()
+    assert before - {p.name for p in folder.path.iterdir()} == {
+        ".checkpoint.pt.0123abcd.part",
+        ".ledger.json.deadbeef.part",
+    }
+
+
+def test_a_start_that_was_cut_off_can_be_opened_and_a_run_without_its_checkpoint_cannot(tmp_path):
+    folder = RunFolder.create(tmp_path / "r")
+    folder.write_config(train={}, run={}, versions={})
+    folder.close()
+    for _ in range(2):
+        opened = RunFolder.open(folder.path)
+        assert not opened.begun
+        opened.close()
+        ledger([]).save(folder.ledger)
+    ledger([(0.1, 1.0, 3)]).save(folder.ledger)
+    with pytest.raises(ValueError, match=r"no run that could be resumed: checkpoint\.pt is missing"):
+        RunFolder.open(folder.path)
+    ledger([]).save(folder.ledger)
+    folder.append_metrics({"step": 4})
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is missing"):
+        RunFolder.open(folder.path)
+
+
+def test_abandoning_takes_back_what_was_written_before_the_first_checkpoint(tmp_path):
+    folder = RunFolder.create(tmp_path / "a" / "b")
+    write_text(folder.config, "{}")
+    write_text(folder.ledger, "{}")
+    folder.abandon()
+    assert list(tmp_path.iterdir()) == []
+    folder = RunFolder.create(tmp_path / "r")
+    write_text(folder.config, "{}")
+    write_text(folder.checkpoint, "")
+    folder.abandon()
+    assert folder.config.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_that_says_so(tmp_path, monkeypatch):
+    folder = RunFolder.create(tmp_path / "r")
+    for file in (folder.config, folder.ledger, folder.checkpoint):
+        write_text(file, "{}")
+    folder.close()
+
+    def read_only(path, flags, *args):
+        if flags & os.O_RDWR:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return opened(path, flags, *args)
+
+    opened = os.open
+    monkeypatch.setattr(os, "open", read_only)
+    with pytest.raises(OSError, match=r"run folder .*r cannot be written \(Read-only file system\)"):
+        RunFolder.open(folder.path)
+
+
+def test_damaged_metrics_are_an_error_that_names_the_file(tmp_path):
+    folder = RunFolder.create(tmp_path / "r")
+    for damage in ("{\n", "[]\n", '{"step": "4"}\n'):
+        folder.metrics.write_text(damage)
+        with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged"):
+            folder.read_metrics()
+
+
+def test_what_was_published_includes_steps_that_were_done_again(tmp_path):
+    folder = RunFolder.create(tmp_path / "r")
+    assert folder.published() == 0
+    for step in (10, 20, 15):
+        folder.append_metrics({"step": step})
+    assert folder.published() == 20
+
+
+# --- which ledger counts ----------------------------------------------------------------------------------
+
+
 @given(EVENTS, st.data())
 def test_the_larger_ledger_counts(events, data):
-    total = sum(count for _, _, count in events)
-    part = cut(events, data.draw(st.integers(0, total)))
-    behind = accountant(part)
-    assert adopt_ledger(behind, ledger(events)) == total - sum(count for _, _, count in part)
-    assert behind.ledger == ledger(events)
-    ahead = accountant(events)
-    assert adopt_ledger(ahead, ledger(part)) == 0
-    assert ahead.ledger == ledger(events)
+    part = cut(events, data.draw(st.integers(0, sum(count for _, _, count in events))))
+    whole = ledger(events)
+    assert ledger(part).longer(whole) == whole.longer(ledger(part)) == whole
 
 
 @pytest.mark.parametrize(
@@ -164,7 +305,8 @@ def test_the_larger_ledger_counts(events, data):
     ],
 )
 def test_ledgers_of_different_runs_are_refused(saved, written):
-    mine = accountant(saved)
+    for one, other in ((saved, written), (written, saved)):
+        with pytest.raises(ValueError, match="different runs"):
+            ledger(one).longer(ledger(other))
     with pytest.raises(ValueError, match="different runs"):
-        adopt_ledger(mine, ledger(written))
-    assert mine.ledger == ledger(saved)
+        ledger(saved).longer(Ledger(ledger(saved).events, adjacency="zero_out"))
