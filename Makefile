@@ -1,6 +1,7 @@
 # make train   on a fresh machine: makes .venv, installs, builds the C++ core, trains on the embedded images
 # make test    likewise, and runs the tests
 # make bench   likewise, and runs the benchmarks
+# make faults  likewise, and kills 200 training runs, resumes them, and looks at what each has left
 # make gpu     on a machine with a GPU, where adaclip is installed: tests and benchmarks of it, in under 8 minutes
 # Needs Python >= 3.10 with venv, make and a C++17 compiler. Repeated calls do only what has changed.
 
@@ -21,7 +22,7 @@ FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.in
 # What runs on a GPU: .venv if it is made, else the Python that adaclip was installed in.
 GPU_PYTHON ?= $(if $(wildcard $(VENV)/.installed),$(CURDIR)/$(BIN)/python,$(PYTHON))
 
-.PHONY: train mnist test bench gpu sanitize-gpu lint format clean
+.PHONY: train mnist test bench faults gpu sanitize-gpu lint format clean
 
 train: $(VENV)/.installed
 	$(BIN)/adaclip train --dataset mnist-mini $(ARGS)
@@ -37,6 +38,10 @@ test: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest bench/bench_*.py -o addopts= -o 'python_functions=bench_* test_*' \
 		--benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name -s
+
+# ARGS='--points 1000 --seed 7': more of them, or the same ones again; the lines around writes are tried one by one.
+faults: $(VENV)/.test
+	cd tests && OMP_NUM_THREADS=1 $(CURDIR)/$(BIN)/python fault_runs.py $(ARGS)
 
 # Writes bench/results/gpu-<name>-<date>.json and .md after every measurement; ARGS='--only conv' for a part of it.
 gpu:

@@ -2,7 +2,8 @@
 
 Every run is a process of its own, forked from one that has everything imported. A killed one dies by SIGKILL: before a
 chosen line of adaclip's code (chosen among those that write files, or among all that a run executes), or at a random
-time, which may be inside a kernel or a system call. Then its folder is looked at as an attacker would, the run is
+time, which may be inside a kernel or a system call. Others get an error from the operating system at a chosen line that
+writes, as if the disk were full for a moment. Then the folder is looked at as an attacker would, the run is
 resumed, possibly killed again, and so on, and at last run to its end.
 
 What must hold, each time a process has died:
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -55,6 +57,8 @@ FREE = {"noise_multiplier": 1.0, "epsilon": None}
 PLANNED = {"epsilon": 3.0}
 # Where files are written; and where, beside that, the account and the parameters change.
 WRITING = (files.__file__,)
+# A checkpoint is written in hundreds of pieces.
+PIECES = ("write",)
 TRAINING = tuple(module.__file__ for module in (files, checkpoint, runs, ledger, train, engine, optimizer))
 _TIMEOUT = 300
 
@@ -69,10 +73,18 @@ class Seen(NamedTuple):
 class Campaign:
     """Runs of one kind, in folders below `path`.
 
-    settings: of `TrainConfig`, beside those of a tiny run; key: a given key for every process, or None.
+    settings: of `TrainConfig`, beside those of a tiny run; key: a given key for every process, or None; lines: those of
+    another campaign.
     """
 
-    def __init__(self, path: Path, name: str, settings: dict[str, Any], key: bytes | None = KEY):
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        settings: dict[str, Any],
+        key: bytes | None = KEY,
+        lines: dict[str, int] | None = None,
+    ):
         self.path, self.name, self._key = path, name, key
         self._settings = settings
         self._data = write_mnist(path / "data") if not (path / "data").exists() else path / "data"
@@ -81,7 +93,12 @@ class Campaign:
         started = time.monotonic()
         self.whole = self._run_whole()
         self.seconds = time.monotonic() - started
-        self.lines = {where: self._count(where) for where in (WRITING, TRAINING)}
+        # How many lines a run executes; they are about as many for every kind.
+        self.lines = lines or {
+            "writing": self._count(WRITING),
+            "training": self._count(TRAINING),
+            "around writes": self._count(WRITING, PIECES),
+        }
 
     # --- one process -------------------------------------------------------------------------------
 
@@ -201,12 +218,12 @@ class Campaign:
         self._rows = strip(RunFolder(folder).read_metrics())
         return {int(step): state for step, state in (line.split() for line in trace.read_text().splitlines())}
 
-    def _count(self, where: tuple[str, ...]) -> int:
+    def _count(self, where: tuple[str, ...], without: tuple[str, ...] = ()) -> int:
         """How many lines of these files an uninterrupted run executes."""
         folder, told = self.path / f"{self.name}-lines", self.path / f"{self.name}-count"
 
         def arm() -> None:
-            counted = trace_lines(where, None)
+            counted = trace_lines(where, None, without=without)
             leave = os._exit
 
             def leaving(code: int) -> None:
@@ -237,7 +254,7 @@ class Campaign:
         return f"{'; '.join(told)}; from steps {[each.start for each in seen]}"
 
     def _killed(self, folder: Path, rng: random.Random) -> str:
-        way = rng.choice(("writing", "training", "time"))
+        way = rng.choice(("writing", "training", "time", "full"))
         if way == "time":
             seconds = rng.random() * self.seconds
             pid = self._fork(folder)
@@ -246,16 +263,16 @@ class Campaign:
                 os.kill(pid, signal.SIGKILL)
             self._wait(pid)
             return f"after {seconds:.2f} s"
-        where = WRITING if way == "writing" else TRAINING
-        number = rng.randrange(self.lines[where])
-        self._wait(self._fork(folder, lambda: trace_lines(where, number)))
+        where = TRAINING if way == "training" else WRITING
+        number = rng.randrange(self.lines["training" if way == "training" else "writing"])
+        self._wait(self._fork(folder, lambda: trace_lines(where, number, full if way == "full" else kill)))
         return f"before line {number} of {way}"
 
     def kill_before_line(self, number: int) -> None:
         """The same with one kill, before that line of those that write."""
         self._number += 1
         folder = self.path / f"{self.name}-{self._number}"
-        status = self._wait(self._fork(folder, lambda: trace_lines(WRITING, number)))
+        status = self._wait(self._fork(folder, lambda: trace_lines(WRITING, number, without=PIECES)))
         assert os.WIFSIGNALED(status), status
         self.check_killed(folder)
         assert self._wait(self._fork(folder)) == 0
@@ -321,23 +338,39 @@ class Campaign:
         assert [row["step"] for row in rows if row["step"] % 4 == 0] == [row["step"] for row in expected]
 
 
-def trace_lines(where: tuple[str, ...], number: int | None) -> Iterator[int]:
-    """Count the lines of these files that this process executes, and kill it before the one of that number.
+def kill() -> None:
+    """End this process as nothing else does."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
-    next() of what is returned gives the count.
+
+def full() -> None:
+    """What a write raises on a full disk."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def trace_lines(
+    where: tuple[str, ...],
+    number: int | None,
+    then: Callable[[], None] = kill,
+    without: tuple[str, ...] = (),
+) -> Iterator[int]:
+    """Count the lines of these files that this process executes, and call `then` before the one of that number.
+
+    Functions named in `without` do not count. next() of what is returned gives the count.
     """
     count = 0
 
     def line(frame: Any, event: str, _: Any) -> Any:
         nonlocal count
         if event == "line":
-            if count == number:
-                os.kill(os.getpid(), signal.SIGKILL)
             count += 1
+            if count - 1 == number:
+                then()
         return line
 
     def call(frame: Any, event: str, _: Any) -> Any:
-        return line if frame.f_code.co_filename in where else None
+        code = frame.f_code
+        return line if code.co_filename in where and code.co_name not in without else None
 
     sys.settrace(call)
 
@@ -397,7 +430,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--points", type=int, default=200, help="random kill points")
     parser.add_argument(
-        "--every", type=int, default=1, help="of the lines that write, every so many one; 0: none"
+        "--every", type=int, default=1, help="every so many one of the lines around writes; 0: none"
     )
     parser.add_argument(
         "--seed", type=int, default=None, help="of the random kill points; default: a new one"
@@ -409,13 +442,13 @@ def main() -> None:
     print(f"seed {seed}", flush=True)
     with tempfile.TemporaryDirectory() as name:
         path = Path(name)
+        free = Campaign(path, "free", FREE)
         kinds = [
-            Campaign(path, "free", FREE),
-            Campaign(path, "planned", PLANNED),
-            Campaign(path, "secret", PLANNED, key=None),
+            free,
+            Campaign(path, "planned", PLANNED, lines=free.lines),
+            Campaign(path, "secret", PLANNED, key=None, lines=free.lines),
         ]
-        lines = kinds[0].lines
-        print(f"lines executed: {lines[WRITING]} that write, {lines[TRAINING]} in all", flush=True)
+        print(f"lines executed: {free.lines}", flush=True)
         points = 0
         while points < args.points:
             kills = min(rng.choice((1, 1, 2, 3)), args.points - points)
@@ -423,10 +456,10 @@ def main() -> None:
             told = kind.kill_and_resume(rng, kills)
             points += kills
             print(f"{points}/{args.points} {kind.name}: killed {told}", flush=True)
-        for number in range(0, lines[WRITING] if args.every else 0, args.every or 1):
-            kinds[0].kill_before_line(number)
-            if number % 50 == 0:
-                print(f"killed before line {number} of {lines[WRITING]} that write", flush=True)
+        around = free.lines["around writes"]
+        for number in range(0, around if args.every else 0, args.every or 1):
+            free.kill_before_line(number)
+            print(f"killed before line {number} of {around} around writes", flush=True)
     print("every ledger counts what its folder shows, and every run ended as one that was not killed")
 
 

@@ -4,7 +4,6 @@ import functools
 import io
 import os
 import pickle
-import resource
 import struct
 import zipfile
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from limits import memory_limit
 from small_engine import flat, private, train
 
 from adaclip import checkpoint
@@ -206,22 +206,6 @@ def test_pickles_that_ask_for_memory_by_a_number_get_none(run, place, pickled):
     rewritten(place, pickled=pickled)
     with memory_limit(1 << 30):
         refused(run, place)
-
-
-class memory_limit:
-    """No more than so many bytes beyond what the process has now."""
-
-    def __init__(self, more):
-        self.more = more
-
-    def __enter__(self):
-        with open("/proc/self/statm") as file:
-            now = int(file.read().split()[0]) * resource.getpagesize()
-        self.before = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (now + self.more, self.before[1]))
-
-    def __exit__(self, *_):
-        resource.setrlimit(resource.RLIMIT_AS, self.before)
 
 
 def test_compressed_archives_are_not_inflated(run, place):

@@ -1,29 +1,17 @@
 """adaclip.files: whatever fails, and whenever, the old file or the whole new one; nothing is left over."""
 
 import builtins
-import contextlib
 import errno
 import os
-import resource
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from limits import file_size_limit
 
 from adaclip import checkpoint, files
 from adaclip.files import Output, append_line, leftovers, replace_file
-
-
-@contextlib.contextmanager
-def file_size_limit(size):
-    """No file may grow beyond it: a full disk that needs no disk (the error is EFBIG)."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def full(*_args, **_kwargs):
