@@ -121,8 +121,14 @@ class Campaign:
         config = resume_with(saved["train"], {})
         return Training(config, folder, saved=saved if folder.begun else None)
 
-    def _fork(self, folder: Path, arm: Callable[[], None] = lambda: None, trace: Path | None = None) -> int:
-        """Train in a new process; returns its number."""
+    def _fork(
+        self,
+        folder: Path,
+        arm: Callable[[], object] = lambda: None,
+        trace: Path | None = None,
+        expected: bool = False,
+    ) -> int:
+        """Train in a new process, which shows its error unless one is expected; returns its number."""
         pid = os.fork()
         if pid:
             return pid
@@ -265,7 +271,8 @@ class Campaign:
             return f"after {seconds:.2f} s"
         where = TRAINING if way == "training" else WRITING
         number = rng.randrange(self.lines["training" if way == "training" else "writing"])
-        self._wait(self._fork(folder, lambda: trace_lines(where, number, full if way == "full" else kill)))
+        what = full if way == "full" else kill
+        self._wait(self._fork(folder, lambda: trace_lines(where, number, what), expected=way == "full"))
         return f"before line {number} of {way}"
 
     def kill_before_line(self, number: int) -> None:
