@@ -372,13 +372,10 @@ class PrivacyEngine:
         The noise key is not in it: a resumed run draws a new one.
 
         Args:
-            extra: plain values of your own: numbers, text, lists, tuples, dicts, tensors.
-            ledger: the run's ledger file, one for all of its checkpoints. It is written first, so that no byte of
-              the checkpoint can be seen before what it shows is on the account. Without it, a process killed while
-              it writes leaves a part of a checkpoint whose steps a resumed run does not count.
-
-        For a run that may be killed: call `engine.accountant.ledger.save(ledger)` before anything else of the model is
-        shown (an evaluation, weights sent elsewhere), and resume with `load_checkpoint(…, ledger=ledger)`.
+            extra: plain values of your own (numbers, text, lists, dicts, tensors).
+            ledger: the run's ledger file, one for all of its checkpoints: written first, so that a process killed at
+              any point leaves no byte of a step that is not on the account. Before anything else of the model is shown
+              (an evaluation, weights sent away), call `engine.accountant.ledger.save(ledger)` yourself.
 
         Raises OSError, with the old checkpoint unchanged, if it cannot be written.
         """
@@ -399,9 +396,9 @@ class PrivacyEngine:
     ) -> dict[str, Any]:
         """Continue from `path`; returns the `extra` it was saved with. Loading executes no code.
 
-        ledger: the file that `save_checkpoint` was given. Steps that it holds beyond the checkpoint were released, or
-          may have been: they are booked. They are done again with new noise, and count again. (With a given key, the
-          same noise is drawn again for the same batches: a replay, which counts all the same.)
+        ledger: the file that `save_checkpoint` was given. Steps that it holds beyond the checkpoint may have been seen:
+          they are booked, and, done again with new noise, count again. (With a given key they are a replay, the same
+          noise on the same batches, and count again all the same.)
 
         Raises ValueError, with nothing changed, if the file is damaged or of another version, or belongs
         to another model, optimizer, clipping, groups, smoothing, noise multiplier, schedule or data set.
