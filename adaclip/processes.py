@@ -46,6 +46,8 @@ class Processes:
                 raise ValueError("process_group must be None where torch.distributed is not initialized")
             return
         group = dist.group.WORLD if group is None else group
+        if not isinstance(group, dist.ProcessGroup):
+            raise TypeError(f"process_group must be a torch.distributed group or None, got {group!r}")
         if dist.get_rank(group) < 0:
             raise ValueError("process_group must hold this process, got a group without it")
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
