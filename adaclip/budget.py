@@ -27,6 +27,9 @@ class Budget:
       and Zrnic 2021, arXiv 2008.11193). A bound from privacy loss distributions is no such filter (arXiv
       2602.06756), however tight.
 
+    Where a run is resumed behind what its ledger holds (`adaclip.runs`), the steps done again take their place in the
+    plan, or in the filter's budget, a second time: training ends earlier, and neither is ever passed.
+
     A plan is not turned into a filter under way: the choice to depart from it could depend on what was
     released, and both rules' deltas would add up.
 

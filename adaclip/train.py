@@ -177,9 +177,10 @@ class Training:
                 "results are in this folder: an older copy of it must have been put back. Restore the newest one"
             )
         if self._booked > self.step:
+            early = "" if self.config.epsilon is None else ", and training ends as many steps early"
             self.notes.append(
                 f"the ledger holds {self._booked - self.step} steps more than the checkpoint: their results may have "
-                "been seen, so they stay on the account"
+                f"been seen, so they stay on the account{early}"
             )
         if published == self.step and self.folder.metrics.exists():
             self._evaluated_at = self.step

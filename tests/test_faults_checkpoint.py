@@ -44,7 +44,7 @@ def run():
     return private()
 
 
-def refused(run, path, match=""):
+def refused(run, path, match=None):
     """Loading raises ValueError with the file or the fault in it, in one paragraph, and changes nothing."""
     engine, model, optimizer, loader = run
     before = flat(model), loader.state_dict(), optimizer.releases, engine.accountant.ledger.events
