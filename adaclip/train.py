@@ -33,7 +33,7 @@ from adaclip.runs import RunFolder
 from adaclip.smoothing import moving_average
 from adaclip.train_config import TrainConfig
 from adaclip.train_device import Place
-from adaclip.train_records import evaluation_row, run_settings, summary
+from adaclip.train_records import evaluation_row, run_settings, step_settings, summary
 
 __all__ = ["Training", "evaluate", "is_finished"]
 
@@ -78,6 +78,8 @@ class Training:
         self.step, self.finished, self._private = 0, False, private_diagnostics
         self.seconds = self._training_seconds = 0.0
         self._evaluated_at: int | None = None
+        # Of a step that an earlier process made; None after one of this one's own.
+        self._last: dict[str, Any] | None = None
         # How many releases were on the account when the last step was done, or the run was restored.
         self._booked = 0
         # By the number of rows: the outputs of the last batch of that many. Private.
@@ -163,11 +165,11 @@ class Training:
         extra = self.engine.load_checkpoint(
             self.folder.checkpoint, module=self.model, optimizer=self.optimizer, ledger=self.folder.ledger
         )
-        if not {"step", "finished", "seconds", "training_seconds", "ema"} <= extra.keys():
+        if not {"step", "finished", "seconds", "training_seconds", "ema", "last"} <= extra.keys():
             raise ValueError(f"{self.folder.checkpoint} was not written by `adaclip train`")
         if self.average is not None:
             self.average.load_state_dict(extra["ema"])
-        self.step, self.finished = extra["step"], extra["finished"]
+        self.step, self.finished, self._last = extra["step"], extra["finished"], extra["last"]
         self.seconds, self._training_seconds = extra["seconds"], extra["training_seconds"]
         self._booked = self.engine.accountant.ledger.steps
         published = self.folder.published()
@@ -274,6 +276,7 @@ class Training:
             self._show(info, labels)
         if info.last:
             self.step += 1
+            self._last = None
             if self.average is not None:
                 self.average.update_parameters(self.model)
             # The state is whole again.
@@ -283,7 +286,7 @@ class Training:
                 flat = flat and len(self.optimizer.used_thresholds) == 1
                 self._diagnostics.write(
                     self.step,
-                    self.used_norm() if flat else None,
+                    self.last["max_grad_norm"] if flat else None,
                     self.optimizer.non_finite_samples,
                     None if self.groups is None else self.groups.private,
                 )
@@ -309,9 +312,10 @@ class Training:
         self._training_seconds += seconds
         self._reporter.step(self.step, self.epsilon, self.rate())
 
-    def used_norm(self) -> float:
-        """The norm that a sample's whole gradient was clipped to in the last step."""
-        return float(self.optimizer.used_thresholds.square().sum().sqrt())
+    @property
+    def last(self) -> dict[str, Any]:
+        """`step_settings` of the last step."""
+        return step_settings(self) if self._last is None else self._last
 
     def epsilon(self) -> float:
         return self.engine.get_epsilon(self.config.delta)
@@ -358,6 +362,7 @@ class Training:
             "seconds": self.seconds,
             "training_seconds": self._training_seconds,
             "ema": None if self.average is None else self.average.state_dict(),
+            "last": self.last,
         }
         self.engine.save_checkpoint(
             self.folder.checkpoint, module=self.model, optimizer=self.optimizer, extra=extra

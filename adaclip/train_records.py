@@ -14,7 +14,7 @@ import adaclip
 if TYPE_CHECKING:
     from adaclip.train import Training
 
-__all__ = ["evaluation_row", "run_settings", "summary"]
+__all__ = ["evaluation_row", "run_settings", "step_settings", "summary"]
 
 
 def run_settings(training: Training) -> dict[str, dict[str, Any]]:
@@ -50,27 +50,34 @@ def run_settings(training: Training) -> dict[str, dict[str, Any]]:
     }
 
 
+def step_settings(training: Training) -> dict[str, Any]:
+    """What the last step was made with, and released beside the update: plain values."""
+    optimizer, groups = training.optimizer, training.groups
+    row: dict[str, Any] = {
+        "lr": optimizer.param_groups[0]["lr"],
+        "max_grad_norm": float(optimizer.used_thresholds.square().sum().sqrt()),
+        "noise_multiplier": optimizer.noise_multiplier,
+        "gradient_noise_multiplier": optimizer.gradient_noise_multiplier,
+    }
+    if groups is not None and groups.released:
+        released = groups.released
+        row |= {"selected_group": released["selected"], "group_ratios": released["ratios"].tolist()}
+    return row
+
+
 def evaluation_row(training: Training, accuracy: float, loss: float) -> dict[str, Any]:
     """A row of metrics.jsonl: the step that is done, what the evaluation gave, and what has been spent."""
-    optimizer, groups = training.optimizer, training.groups
-    row = {
+    return {
         "step": training.step,
         "epoch": training.step * training.sample_rate,
         f"{training.split}_accuracy": accuracy,
         f"{training.split}_loss": loss,
         "epsilon": training.epsilon(),
         "delta": training.config.delta,
-        "lr": optimizer.param_groups[0]["lr"],
-        "max_grad_norm": training.used_norm(),
-        "noise_multiplier": optimizer.noise_multiplier,
-        "gradient_noise_multiplier": optimizer.gradient_noise_multiplier,
+        **training.last,
         "seconds": training.seconds,
         "images_per_second": training.rate(),
     }
-    if groups is not None and groups.released:
-        released = groups.released
-        row |= {"selected_group": released["selected"], "group_ratios": released["ratios"].tolist()}
-    return row
 
 
 def summary(training: Training, row: Mapping[str, Any]) -> dict[str, Any]:

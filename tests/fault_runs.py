@@ -55,6 +55,21 @@ STEPS = 12
 KEY = bytes(range(32))
 FREE = {"noise_multiplier": 1.0, "epsilon": None}
 PLANNED = {"epsilon": 3.0}
+# With every kind of state that a run has.
+SCHEME = {
+    **FREE,
+    "noise_multiplier": 2.0,
+    "noise_schedule": "linear:0.5",
+    "optimizer": "noise-nadam",
+    "clipping": "adaptive",
+    "quantile_noise": 5.0,
+    "groups": "reweight",
+    "smoothing": 0.01,
+    "smoothing_signal": "snr",
+    "augment": "shift",
+    "views": 2,
+    "max_batch_size": 8,
+}
 # Where files are written; and where, beside that, the account and the parameters change.
 WRITING = (files.__file__,)
 # A checkpoint is written in hundreds of pieces.
@@ -453,6 +468,7 @@ def main() -> None:
         kinds = [
             free,
             Campaign(path, "planned", PLANNED, lines=free.lines),
+            Campaign(path, "scheme", SCHEME, lines=free.lines),
             Campaign(path, "secret", PLANNED, key=None, lines=free.lines),
         ]
         print(f"lines executed: {free.lines}", flush=True)
