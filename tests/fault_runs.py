@@ -36,6 +36,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -159,9 +160,8 @@ class Campaign:
             code = 0
         except BaseException:
             sys.settrace(None)
-            import traceback
-
-            traceback.print_exc()
+            if not expected:
+                traceback.print_exc()
         finally:
             os._exit(code)
 

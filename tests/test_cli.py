@@ -125,7 +125,7 @@ def test_a_run_folder_holds_everything_and_nothing_private(run):
     public = "".join((folder / n).read_text() for n in ("config.json", "metrics.jsonl", "ledger.json"))
     assert not [word for word in PRIVATE_WORDS if word in public]
     extra = torch.load(folder / "checkpoint.pt", weights_only=True)["extra"]
-    assert set(extra) == {"step", "finished", "seconds", "training_seconds", "ema"}
+    assert set(extra) == {"step", "finished", "seconds", "training_seconds", "ema", "last"}
 
 
 def test_a_finished_run_says_so_when_resumed(run, capsys):
