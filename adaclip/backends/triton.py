@@ -142,9 +142,7 @@ def weighted_sum(x: Tensor, factors: Tensor) -> Tensor:
     if not x.is_contiguous() and x.shape[0] and is_flat(x[0]):
         # Per-sample gradients in another order of dimensions: summed where they lie.
         rows = x.as_strided((x.shape[0], x[0].numel()), (x.stride(0), 1))
-        total = weighted_sum(rows, factors).as_strided(x.shape[1:], x.stride()[1:])
-        # On the CPU noise is added in the order of contiguous gradients.
-        return total if x.device.type != "cpu" else total.contiguous()
+        return weighted_sum(rows, factors).as_strided(x.shape[1:], x.stride()[1:])
     return weighted_sum(_rows(x), factors).view(x.shape[1:])
 
 
