@@ -1,6 +1,7 @@
-"""The Triton kernels of `adaclip.kernels`, imported when they are first called; weight gradients are cuDNN's and cuBLAS's.
+"""The Triton kernels of `adaclip.kernels`, imported when they are first called.
 
-Tensors are on a CUDA GPU; in Triton's interpreter they are on the CPU, and weight gradients the C++ core's.
+Weight gradients are cuDNN's and cuBLAS's, but for 16-bit convolutions of shapes that a kernel was chosen for. Tensors
+are on a CUDA GPU; in Triton's interpreter they are on the CPU, and what would be cuDNN's and cuBLAS's is the C++ core's.
 Gradients go in as they are: bfloat16, float16 or float32.
 """
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adaclip import reference
-from adaclip.backends import choice, cpp, cudnn_grads
+from adaclip.backends import choice, cpp, cudnn_grads, triton_grads
 from adaclip.backends.planes import as_planes
 from adaclip.backends.values import ConvGeometry, Key, Method, Rounding, SampleNorms
 from adaclip.layout import is_flat
@@ -93,11 +94,16 @@ def conv_norms(
 def conv_weighted_grad(
     x: Tensor, g: Tensor, factors: Tensor, weight: Tensor, geometry: ConvGeometry
 ) -> Tensor:
-    return _products(x).conv_weighted_grad(x, g, factors, weight, geometry)
+    return _conv_sums(x, g, geometry).conv_weighted_grad(x, g, factors, weight, geometry)
 
 
-def conv_grad_rounding(x: Tensor) -> Rounding:
-    return _products(x).conv_grad_rounding(x)
+def conv_grad_rounding(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Rounding:
+    return _conv_sums(x, g, geometry).conv_grad_rounding(x, g, geometry)
+
+
+def _conv_sums(x: Tensor, g: Tensor, geometry: ConvGeometry):
+    sums = choice.conv_sums(x.device, x.shape[2:], x.shape[1], g.shape[1], geometry, x.dtype)
+    return triton_grads if sums == "triton" else _products(x)
 
 
 def linear_sample_norms(a: Tensor, g: Tensor, bias: bool, keep: bool | None) -> SampleNorms:
