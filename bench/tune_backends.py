@@ -1,6 +1,6 @@
 """Measures, on this GPU, how convolutions' norms and sums are taken fastest, and writes adaclip/backends/table.json.
 
-    python -m bench.tune_backends [--batch-size 256] [--rounds 7] [--dry-run] [--limit 300]
+    python -m bench.tune_backends [--batch-size 256] [--rounds 7] [--dry-run] [--limit 300] [--out FILE]
 
 For every shape class of the VGGs and 16-bit dtype, first the two ways of summing a weighted gradient are timed, cuDNN's
 and Triton's. Then for every dtype all ways of taking norms are, in turn in one process, each with what the layer still
@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -179,6 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which to stop")
     parser.add_argument("--dry-run", action="store_true", help="print, and leave the table as it is")
+    parser.add_argument("--out", type=Path, default=choice.TABLE, help="where the table is written")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print(
@@ -210,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
                 rows[kind] = entry
                 print(f"{kind}: {entry}", flush=True)
             if not args.dry_run:
-                choice.TABLE.write_text(json.dumps(table, indent=1) + "\n")
+                args.out.write_text(json.dumps(table, indent=1) + "\n")
     return 0
 
 

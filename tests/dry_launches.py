@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from adaclip.kernels.clip_factors import clip_factors
+from adaclip.kernels.conv_weighted_grad import conv_weighted_grad
 from adaclip.kernels.follow_quantile import follow_quantile
 from adaclip.kernels.group_norm import group_norm_backward
 from adaclip.kernels.row_sqnorms import row_sqnorms
@@ -93,13 +94,25 @@ def group_norms():
                     group_norm_backward(laid, laid, stats, stats.to(dtype), weight, groups)
 
 
+def conv_sums():
+    pair = {"stride": (1, 1), "dilation": (1, 1)}
+    for dtype, batch, channels, size, kernel, groups in (
+        (torch.bfloat16, 3, 16, 2, 3, 1),
+        (torch.float16, 64, 32, 16, 3, 2),
+        (torch.bfloat16, 1, 1, 9, 1, 1),
+    ):
+        x = torch.ones(batch, channels, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        same = {"kernel": (kernel, kernel), "padding": (kernel // 2, kernel // 2), "groups": groups}
+        conv_weighted_grad(x, x, torch.ones(batch), **same, **pair)
+
+
 def main(capability):
     compiled = []
     triton.runtime.driver.set_active(Absent(capability))
     JITFunction.__getitem__ = lambda self, grid: (
         lambda *args, **kwargs: compiled.append(self.run(*args, grid=grid, warmup=True, **kwargs))
     )
-    for launch in (rows, sums, factors, statistics, quantiles, group_norms):
+    for launch in (rows, sums, factors, statistics, quantiles, group_norms, conv_sums):
         launch()
         assert compiled
         assert all(kernel.asm["cubin"] for kernel in compiled)

@@ -116,10 +116,12 @@ def test_noise_has_the_cores_bits(gpu_or_interpreter):
         assert torch.equal(mine, core)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "add"),
+    [(torch.float32, False), (torch.float32, True), (torch.float64, True), (torch.bfloat16, False)],
+)
 def test_filled_tensors_have_the_cores_bits(dtype, add, gpu_or_interpreter):
-    for shape in ((0,), (1,), (333,), (3, 5, 7)):
+    for shape in ((0,), (333,), (3, 5, 7)):
         start = torch.ones(shape, dtype=dtype)
         mine, core = (t.transpose(0, -1) for t in (start.to(gpu_or_interpreter), start.clone()))
         where = {"step": (1 << 63) + 5, "stream": 1 << 31, "std": 0.3, "first_chunk": 9, "add": add}

@@ -39,7 +39,8 @@ def train(backend, layout, steps, sigma, graphed=False):
     """(the clipped sums of the loop's steps, the parameters after the last step, the optimizer)."""
     small, rng = backend == "triton", torch.Generator().manual_seed(5)
     model, size = (small_network(layout), 4) if small else (network(layout), 8)
-    x, y = torch.randn(EXAMPLES, 3, size, size, generator=rng), torch.arange(EXAMPLES) % CLASSES
+    x = torch.randn(EXAMPLES, 3, size, size, generator=rng).contiguous(memory_format=layout)
+    y = torch.arange(EXAMPLES) % CLASSES
     model, optimizer, loader = PrivacyEngine().make_private(
         module=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9),
@@ -54,7 +55,7 @@ def train(backend, layout, steps, sigma, graphed=False):
     step = Emulated(model, optimizer, criterion, warmup=1) if graphed else None
     while optimizer.releases < steps:
         for images, labels in loader:
-            images = images.contiguous(memory_format=layout)
+            assert images.is_contiguous(memory_format=layout)
             if graphed:
                 step(images, labels)
             else:
