@@ -42,17 +42,20 @@ def f64(*shape):
     return torch.ones(shape, dtype=torch.float64)
 
 
+# Types and sizes do not meet: each dtype once with a usual size, float32 with all of them.
+def with_shapes(usual, *others):
+    return [(dtype, usual) for dtype in DTYPES] + [(torch.float32, shape) for shape in others]
+
+
 def rows():
-    for dtype in DTYPES:
-        for shape in ((1, 1), (3, 7), (16, 1024), (2, 20000)):
-            row_sqnorms(torch.ones(shape, dtype=dtype))
-            row_sqnorms(torch.ones(shape[0], shape[1] + 1, dtype=dtype)[:, :-1])
+    for dtype, shape in with_shapes((16, 1024), (1, 1), (3, 7), (2, 20000)):
+        row_sqnorms(torch.ones(shape, dtype=dtype))
+        row_sqnorms(torch.ones(shape[0], shape[1] + 1, dtype=dtype)[:, :-1])
 
 
 def sums():
-    for dtype in DTYPES:
-        for shape in ((1, 1), (3, 7), (64, 1024), (200, 65)):
-            weighted_sum(torch.ones(shape, dtype=dtype), torch.ones(shape[0]))
+    for dtype, shape in with_shapes((64, 1024), (1, 1), (3, 7), (200, 65)):
+        weighted_sum(torch.ones(shape, dtype=dtype), torch.ones(shape[0]))
 
 
 def factors():
@@ -64,7 +67,8 @@ def factors():
 
 
 def statistics():
-    for groups, count in ((1, 1), (1, 16), (3, 20)):
+    # A number of samples that is known on the host, then one that is not.
+    for groups, count, real in ((1, 1, 1), (1, 16, torch.tensor([1])), (3, 20, torch.tensor([1]))):
         labels, table = torch.zeros(count, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
         counts = {"labels": labels, "table": table, "group_counts": f64(1)}
         for wanted in (
@@ -74,8 +78,7 @@ def statistics():
             counts,
             {**counts, "group_sums": f64(1), "shares": f64(count), "below": f64(groups)},
         ):
-            for real in (1, torch.tensor([1])):
-                sample_statistics(f64(groups, count), f64(groups), unit=1, real=real, **wanted)
+            sample_statistics(f64(groups, count), f64(groups), unit=1, real=real, **wanted)
 
 
 def quantiles():
@@ -85,13 +88,13 @@ def quantiles():
 
 
 def group_norms():
-    for dtype in DTYPES[:2]:
-        for shape, groups in (((1, 1, 1, 1), 1), ((2, 16, 4, 4), 1), ((2, 16, 4, 4), 16), ((2, 18, 3, 5), 6)):
-            x, stats = torch.ones(shape, dtype=dtype), torch.ones(shape[0], groups)
-            for form in (torch.contiguous_format, torch.channels_last):
-                laid = x.contiguous(memory_format=form)
-                for weight in (None, torch.ones(shape[1], dtype=dtype)):
-                    group_norm_backward(laid, laid, stats, stats.to(dtype), weight, groups)
+    others = ((1, 1, 1, 1), 1), ((2, 16, 4, 4), 16), ((2, 18, 3, 5), 6)
+    for dtype, (shape, groups) in with_shapes(((2, 16, 4, 4), 1), *others):
+        x, stats = torch.ones(shape, dtype=dtype), torch.ones(shape[0], groups)
+        for form in (torch.contiguous_format, torch.channels_last):
+            laid = x.contiguous(memory_format=form)
+            for weight in (None, torch.ones(shape[1], dtype=dtype)):
+                group_norm_backward(laid, laid, stats, stats.to(dtype), weight, groups)
 
 
 def conv_sums():

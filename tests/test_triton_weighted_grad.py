@@ -135,6 +135,14 @@ def test_who_sums_which_layer():
     assert sums(2, torch.bfloat16) == sums(16, torch.float32) == "cudnn"
 
 
+def test_without_triton_the_library_sums(monkeypatch):
+    same = ConvGeometry([3, 3], [1, 1], [1, 1], [1, 1], 1)
+    x = torch.zeros(1, 64, 16, 16, dtype=torch.bfloat16)
+    assert backend._conv_sums(x, x, same) is triton_grads
+    monkeypatch.setattr(backend.support, "triton_missing", lambda: "it is not installed")
+    assert backend._conv_sums(x, x, same) is not triton_grads
+
+
 @pytest.mark.parametrize("sums", ["triton", "cudnn"])
 def test_a_measured_table_decides(sums, gpu_or_interpreter, monkeypatch):
     same = ConvGeometry([3, 3], [1, 1], [1, 1], [1, 1], 1)

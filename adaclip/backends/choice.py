@@ -145,13 +145,14 @@ def conv_sums(
     entry = measured(device, conv_class(*shape, "conv_weighted_grad"))
     if entry is not None:
         return entry["backend"]
-    positions, inputs = math.prod(geometry.out(spatial)), channels // geometry.groups
-    products = math.prod(geometry.kernel) * inputs * out_channels
+    positions, groups = math.prod(geometry.out(spatial)), geometry.groups
+    depth, outputs = math.prod(geometry.kernel) * (channels // groups), out_channels // groups
     read = channels * math.prod(spatial) + out_channels * positions
-    # 16 positions are multiplied at least, and every sample's sum is scaled and added.
-    triton = 2 * max(positions, 16) * products / _PRODUCTS[2] + 2 * products / _ADDITIONS
-    cudnn = 2 * positions * products / _TF32_PRODUCTS + read * _WIDENED / _BYTES
-    return "triton" if triton + 2 * read / _BYTES <= cudnn else "cudnn"
+    # Tiles of 16 x 16 x 16 at least, and every sample's sum is scaled and added.
+    entries = groups * max(depth, 16) * max(outputs, 16)
+    triton = 2 * max(positions, 16) * entries / _PRODUCTS[2] + 2 * entries / _ADDITIONS + 2 * read / _BYTES
+    cudnn = 2 * positions * groups * depth * outputs / _TF32_PRODUCTS + read * _WIDENED / _BYTES
+    return "triton" if triton <= cudnn else "cudnn"
 
 
 def linear_method(

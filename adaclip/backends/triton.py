@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adaclip import reference
-from adaclip.backends import choice, cpp, cudnn_grads, triton_grads
+from adaclip.backends import choice, cpp, cudnn_grads, support, triton_grads
 from adaclip.backends.planes import as_planes
 from adaclip.backends.values import ConvGeometry, Key, Method, Rounding, SampleNorms
 from adaclip.layout import is_flat
@@ -103,7 +103,7 @@ def conv_grad_rounding(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Rounding
 
 def _conv_sums(x: Tensor, g: Tensor, geometry: ConvGeometry):
     sums = choice.conv_sums(x.device, x.shape[2:], x.shape[1], g.shape[1], geometry, x.dtype)
-    return triton_grads if sums == "triton" else _products(x)
+    return triton_grads if sums == "triton" and support.triton_missing() is None else _products(x)
 
 
 def linear_sample_norms(a: Tensor, g: Tensor, bias: bool, keep: bool | None) -> SampleNorms:

@@ -1,4 +1,4 @@
-"""Weighted gradients of 16-bit convolutions by a Triton kernel, at twice the rate that cuDNN's sums in TF32 have.
+"""Weighted gradients of 16-bit convolutions by a Triton kernel: tensor cores take 16 bits at twice the rate of TF32.
 
 Factors are applied to each sample's own gradient, in float32 (`adaclip.kernels.conv_weighted_grad`), so no operand is
 rounded. `adaclip.backends.choice` says for which shapes.
