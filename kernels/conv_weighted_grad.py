@@ -97,9 +97,7 @@ def _weighted_grad(
         else:
             sample = i // steps
             t = i % steps * POSITIONS + lane
-        factor = tl.load(factors + sample)
-        # Of a dropped sample nothing is read: whatever it holds does not enter.
-        live = t < tl.where(factor != 0.0, positions, 0)
+        live = t < positions
         top = t // out_width * stride_y - padding_y
         left = t % out_width * stride_x - padding_x
         a = tl.load(
@@ -112,12 +110,16 @@ def _weighted_grad(
         hit = live[:, None] & d_in[None, :] & (y >= 0) & (y < height) & (z >= 0) & (z < width)
         source = ((top * width + left) * x_position)[:, None] + d_step[None, :]
         b = tl.load(x_at + sample.to(tl.int64) * x_row + source, mask=hit, other=0.0)
+        # A dropped sample may hold anything, and zero times that would be anything. It is multiplied all the same: loads
+        # that wait for a factor are no longer in flight early enough.
         if ONE_STEP:
-            total += factor * product(a, b, acc, PRECISION)
+            factor = tl.load(factors + sample)
+            total += tl.where(factor != 0.0, factor * product(a, b, acc, PRECISION), 0.0)
         else:
             acc = product(a, b, acc, PRECISION)
             if (i + 1) % steps == 0:
-                total += factor * acc
+                factor = tl.load(factors + sample)
+                total += tl.where(factor != 0.0, factor * acc, 0.0)
                 acc = tl.zeros([OUT, DEPTH], tl.float32)
     out += (piece.to(tl.int64) * groups + group) * g_members * depth
     tl.store(out + (o * depth)[:, None] + d[None, :], total, mask=o_in[:, None] & d_in[None, :])
@@ -134,7 +136,7 @@ def conv_weighted_grad(
     dilation: tuple[int, int],
     groups: int,
 ) -> Tensor:
-    """float32 [Cout, Cin/groups, kh, kw]: `sum_b factors_b dL_b/dweight`; rows with factor 0 are not read.
+    """float32 [Cout, Cin/groups, kh, kw]: `sum_b factors_b dL_b/dweight`; rows with factor 0 do not enter.
 
     x [B, Cin, H, W], g [B, Cout, H', W'], both bfloat16 or both float16, each contiguous or channels_last (anything else
     is copied); fewer than 2^31 values in a sample. factors: float32 [B], finite.

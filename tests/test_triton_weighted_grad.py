@@ -91,7 +91,7 @@ def test_empty_and_single(gpu_or_interpreter, batch):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("size", [4, 9])
-def test_dropped_samples_are_not_read(gpu_or_interpreter, value, size):
+def test_dropped_samples_do_not_enter(gpu_or_interpreter, value, size):
     x, g = images(gpu_or_interpreter, 4, 3, 5, (size, size), SAME, torch.float16, channels_last=True)
     factors = torch.tensor([0.5, 0.0, 1.0, 0.0])
     clean = ours(x, g, factors, SAME)

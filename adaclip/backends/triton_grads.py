@@ -23,7 +23,7 @@ _SUM_UNIT = 2.0**-20
 def conv_weighted_grad(
     x: Tensor, g: Tensor, factors: Tensor, weight: Tensor, geometry: ConvGeometry
 ) -> Tensor:
-    """`sum_b factors_b dL_b/dweight` in float32, bitwise repeatable; rows of factor 0 are not read.
+    """`sum_b factors_b dL_b/dweight` in float32, bitwise repeatable; rows of factor 0 do not enter.
 
     x, g: both bfloat16 or both float16. geometry: planar (`ConvGeometry.planar`).
     """
