@@ -13,6 +13,7 @@ from adaclip import reference
 from adaclip.backends import ConvGeometry, choice, cudnn_grads, triton_grads
 from adaclip.backends import triton as backend
 from adaclip.layers.base import rounding_bound
+from adaclip.testing import private_step, relative_error, square_loss
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -171,3 +172,27 @@ def test_other_axes_are_images(gpu_or_interpreter, axes):
     grads = reference.conv_sample_grads(x.double().cpu(), g.double().cpu(), *args)
     truth = reference.weighted_sum(grads, factors.double())
     torch.testing.assert_close(found.cpu().double(), truth, rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_under_autocast_is_summed_here(gpu_or_interpreter, monkeypatch):
+    """Kept sums aside, what is released is what float64 says of the same 16-bit tensors, clipped to their bounds."""
+    calls, run = [], triton_grads.conv_weighted_grad
+
+    def counted(*arguments):
+        calls.append(arguments[0].dtype)
+        return run(*arguments)
+
+    monkeypatch.setattr(triton_grads, "conv_weighted_grad", counted)
+    device, rng = gpu_or_interpreter, torch.Generator().manual_seed(0)
+    x, y = (torch.randn(3, c, 8, 8, generator=rng).to(device) for c in (16, 12))
+    found = {}
+    for name in ("triton", "reference"):
+        torch.manual_seed(1)
+        model = torch.nn.Conv2d(16, 12, 3, padding=1).to(device, memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16):
+            found[name] = private_step(model, x, y, square_loss, max_grad_norm=5.0, backend=name)
+    assert calls == [torch.bfloat16]
+    (ours, norms), (theirs, expected) = found["triton"], found["reference"]
+    assert bool((norms >= expected * (1 - 1e-6)).all() and (norms <= expected * 1.01).all())
+    for name, total in ours.items():
+        assert relative_error(total, theirs[name]) <= 0.03
