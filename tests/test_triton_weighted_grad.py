@@ -133,7 +133,7 @@ def test_who_sums_which_layer():
 
     assert sums(16, torch.bfloat16) == sums(8, torch.float16) == "triton"
     # A sample of few positions is scaled as often as it is multiplied; and the kernel is for 16 bits.
-    assert sums(2, torch.bfloat16) == sums(16, torch.float32) == "cudnn"
+    assert sums(2, torch.bfloat16) == sums(16, torch.float32) == sums(16, torch.float64) == "cudnn"
 
 
 def test_without_triton_the_library_sums(monkeypatch):

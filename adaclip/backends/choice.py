@@ -139,7 +139,7 @@ def conv_sums(
     dtype: torch.dtype,
 ) -> str:
     """What sums a convolution's weighted gradient: "triton" (16-bit tensors over planes alone) or "cudnn"."""
-    if dtype == torch.float32 or not geometry.planar():
+    if dtype not in (torch.bfloat16, torch.float16) or not geometry.planar():
         return "cudnn"
     shape = spatial, channels, out_channels, geometry, dtype
     entry = measured(device, conv_class(*shape, "conv_weighted_grad"))
