@@ -29,6 +29,7 @@ __all__ = [
     "check_single_process",
     "make_loader",
     "make_source",
+    "warn_of_shuffling",
 ]
 
 
@@ -101,18 +102,18 @@ def check_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer) -> None
 def make_loader(
     data_loader: DataLoader, poisson_sampling: bool, **options: Any
 ) -> PoissonLoader | EpochLoader:
-    """The private loader of an ordinary one; warns where it has no amplification by sampling."""
+    """The private loader of an ordinary one."""
     if isinstance(data_loader, (PoissonLoader, EpochLoader)):
         raise TypeError("data_loader must be an ordinary DataLoader, got one that is private already")
-    if poisson_sampling:
-        return PoissonLoader.from_data_loader(data_loader, **options)
-    loader = EpochLoader(data_loader, **options)
+    return (PoissonLoader.from_data_loader if poisson_sampling else EpochLoader)(data_loader, **options)
+
+
+def warn_of_shuffling() -> None:
     warnings.warn(
         "shuffled batches have no privacy amplification by sampling: every epoch costs as much as one "
         "step on the whole data set. poisson_sampling=True cures it",
         stacklevel=3,
     )
-    return loader
 
 
 def make_source(key: bytes | int | torch.Generator | None, used: Iterable[NoiseSource]) -> NoiseSource:

@@ -58,6 +58,10 @@ class PrivacyEngine:
           for shuffled ones, for which add_remove has no guarantee.
     """
 
+    # What `adaclip.opacus` puts in their place.
+    _optimizer_class: type[DPOptimizer] = DPOptimizer
+    _make_loader = staticmethod(arguments.make_loader)
+
     def __init__(self, accountant: str = "pld", adjacency: str | None = None):
         self.accountant: Accountant = create_accountant(accountant, adjacency or "add_remove")
         self._adjacency = adjacency
@@ -148,7 +152,7 @@ class PrivacyEngine:
         arguments.check_optimizer(module, optimizer)
         strategy = make_clipping(clipping, max_grad_norm)
         source = arguments.make_source(noise_generator, self._used_keys)
-        loader = arguments.make_loader(
+        loader = self._make_loader(
             data_loader,
             poisson_sampling,
             max_batch_size=max_batch_size,
@@ -184,7 +188,7 @@ class PrivacyEngine:
             views=views_per_sample,
         )
         point = EvaluationPoint.needed(optimizer, smoothing, source, backend)
-        self._optimizer = DPOptimizer(
+        self._optimizer = self._optimizer_class(
             optimizer,
             clipped_sum,
             noise_multiplier=float(noise_multiplier),
@@ -197,6 +201,8 @@ class PrivacyEngine:
             backend=backend,
         )
         clipped_sum.reset()
+        if not poisson_sampling:
+            arguments.warn_of_shuffling()
         self._loader, self._module, self.accountant = loader, module, accountant
         for layer in layers:
             layer.attach()
@@ -241,7 +247,7 @@ class PrivacyEngine:
         if "noise_multiplier" in options:
             raise TypeError("noise_multiplier must not be given: it is calibrated from target_epsilon")
         # Made once more in make_private: here for its checks, and for how it counts an epoch.
-        planned = (PoissonLoader.from_data_loader if poisson_sampling else EpochLoader)(data_loader)
+        planned = self._make_loader(data_loader, poisson_sampling)
         sampling = "poisson" if poisson_sampling else "shuffled"
         releases = planned_releases(epochs, steps, len(planned), sampling)
         budget = Budget(target_epsilon, target_delta)
