@@ -139,6 +139,11 @@ class ClippedSum:
             self.clipping.begin(self.release)
             self._thresholds = self.clipping.thresholds, self.clipping.thresholds._version
 
+    @property
+    def begun(self) -> bool:
+        """Whether something was clipped to the thresholds in force, and is not released yet."""
+        return self._thresholds is not None
+
     def open(self, info: BatchInfo) -> None:
         """`begin` the sum of that batch: the host's part of its backward, where a replay is what follows."""
         self.begin()
