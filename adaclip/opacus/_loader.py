@@ -36,7 +36,9 @@ def make_loader(
     # What is no such loader is refused below, by its own message.
     if poisson_sampling and isinstance(data_loader, DataLoader) and _has_batches(data_loader):
         if len(data_loader) == 0:
-            raise ValueError("data_loader must give at least 1 batch: its inverse length is the sampling rate")
+            raise ValueError(
+                "data_loader must give at least 1 batch: its inverse length is the sampling rate"
+            )
         options["sample_rate"] = 1 / len(data_loader)
     loader = arguments.make_loader(data_loader, poisson_sampling, **options)
     # Opacus's own expression, rounding included. It is 0 for some N of batches of one, and divides by it.

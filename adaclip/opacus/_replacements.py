@@ -16,10 +16,7 @@ _PLAIN_RNN = (
     "recurrent layers have no per-sample gradients here: compute them yourself and release them with "
     "adaclip.functional.clip_and_noise, or stay with Opacus for such models"
 )
-_ATTENTION = (
-    "write the attention with torch.nn.Linear and scaled_dot_product_attention: its layers are trained privately "
-    "as they are"
-)
+_ATTENTION = "torch.nn.MultiheadAttention(batch_first=True) is trained privately as it is"
 _SPLIT = "use BatchMemoryManager, or make_private(max_batch_size=…)"
 _ONE_CLASS = "there is one optimizer class, adaclip.DPOptimizer: clipping= and the engine decide what it does"
 _REGISTRY = "modules without a fast path are handled by torch.func (adaclip.layers), and need no registration"
@@ -56,7 +53,7 @@ _INSTEAD: dict[str, str] = {
     "layers.DPGRU": _PLAIN_RNN,
     "layers.DPRNN": _PLAIN_RNN,
     "layers.DPMultiheadAttention": _ATTENTION,
-    "layers.SequenceBias": _ATTENTION,
+    "layers.SequenceBias": "it is a part of Opacus's attention: " + _ATTENTION,
     "lightning.DPLightningDataModule": _GIVE_LOADER,
     "optimizers.AdaClipDPOptimizer": _ONE_CLASS,
     "optimizers.DPPerLayerOptimizer": _ONE_CLASS,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from adaclip.batches import LoaderBase, check_split
+from adaclip.epochs import EpochLoader
 from adaclip.opacus._replacements import raise_import_error
 from adaclip.optimizer import DPOptimizer
 
@@ -61,10 +62,11 @@ class _Pieces:
         return iter(self._loader)
 
     def __len__(self) -> int:
-        examples = self._loader.dataset_size * self._loader.sample_rate
-        if self._loader.sample_rate == 1.0 and len(self._loader) > 1:  # shuffled: an epoch is one release
-            examples /= len(self._loader)
-        return len(self._loader) * math.ceil(examples / self._loader.max_batch_size)
+        loader = self._loader
+        # Shuffled batches have the sampling rate 1, but an epoch of them is one pass, too.
+        passes = 1.0 if isinstance(loader, EpochLoader) else loader.sample_rate * len(loader)
+        examples = loader.dataset_size * passes
+        return max(len(loader), math.ceil(examples / loader.max_batch_size))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
