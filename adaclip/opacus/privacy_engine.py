@@ -49,6 +49,19 @@ class _Engine(Engine):
         return make_loader(data_loader, poisson_sampling, averaged=self.averaged, **options)
 
 
+class Hooks:
+    """What make_private returns for the model with wrap_model=False: its `cleanup()` gives the model back."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+
+    def cleanup(self) -> None:
+        """Ordinary forwards, no private gradients (`adaclip.PrivacyEngine.detach`)."""
+        self._engine.detach()
+
+    remove_hooks = cleanup
+
+
 class PrivacyEngine:
     """Opacus's front door. `engine` is the adaclip.PrivacyEngine behind it, for what Opacus has no name for.
 
@@ -85,6 +98,8 @@ class PrivacyEngine:
         clipping: str | Clipping = "flat",
         noise_generator: torch.Generator | bytes | int | None = None,
         grad_sample_mode: str = "hooks",
+        wrap_model: bool = True,
+        rand_on_empty: bool = False,
         **options: Any,
     ) -> tuple:
         """(module, optimizer, data_loader), or (module, optimizer, criterion, data_loader) in "ghost" modes.
@@ -101,6 +116,8 @@ class PrivacyEngine:
             clipping: "flat", "per_layer", "adaptive", or adaclip's others. For "adaptive" Opacus's five further
               arguments are translated; adaclip's defaults hold without them.
             grad_sample_mode: any but "no_op" is the same single backward.
+            wrap_model: the model is never wrapped; False returns `Hooks` in its place, as Opacus does.
+            rand_on_empty: taken and not needed: an empty batch comes as one row of zeros that weighs nothing.
             options: of `adaclip.PrivacyEngine.make_private`, such as max_batch_size, backend or groups.
 
         Raises:
@@ -114,6 +131,7 @@ class PrivacyEngine:
             batch_first=batch_first,
             loss_reduction=loss_reduction,
             grad_sample_mode=grad_sample_mode,
+            wrap_model=wrap_model,
             noise_generator=noise_generator,
             clipping=clipping,
             max_grad_norm=max_grad_norm,
@@ -140,6 +158,8 @@ class PrivacyEngine:
         clipping: str | Clipping = "flat",
         noise_generator: torch.Generator | bytes | int | None = None,
         grad_sample_mode: str = "hooks",
+        wrap_model: bool = True,
+        rand_on_empty: bool = False,
         **options: Any,
     ) -> tuple:
         """`make_private` with the noise for (target_epsilon, target_delta) after `epochs`, which is enforced.
@@ -158,6 +178,7 @@ class PrivacyEngine:
             batch_first=batch_first,
             loss_reduction=loss_reduction,
             grad_sample_mode=grad_sample_mode,
+            wrap_model=wrap_model,
             noise_generator=noise_generator,
             clipping=clipping,
             max_grad_norm=max_grad_norm,
@@ -179,6 +200,7 @@ class PrivacyEngine:
         batch_first: bool,
         loss_reduction: str,
         grad_sample_mode: str,
+        wrap_model: bool,
         noise_generator: Any,
         clipping: str | Clipping,
         max_grad_norm: float | Sequence[float],
@@ -217,9 +239,10 @@ class PrivacyEngine:
             max_grad_norm=norm,
             **options,
         )
+        first = module if wrap_model else Hooks(self.engine)
         if grad_sample_mode.startswith("ghost"):
-            return module, optimizer, _with_reduction(criterion, loss_reduction), loader
-        return module, optimizer, loader
+            return first, optimizer, _with_reduction(criterion, loss_reduction), loader
+        return first, optimizer, loader
 
     def get_epsilon(self, delta: float) -> float:
         """A certified upper bound on epsilon for everything released so far."""
