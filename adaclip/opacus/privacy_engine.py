@@ -221,10 +221,10 @@ class PrivacyEngine:
         if self.secure_mode and noise_generator is not None:
             raise ValueError("noise_generator must be None with secure_mode, whose noise cannot be repeated")
         strategy, norm = _strategy(clipping, max_grad_norm, options)
-        if loss_reduction == "sum" and clipping not in ("flat", "per_layer"):
+        if loss_reduction == "sum" and (clipping not in ("flat", "per_layer") or options.get("groups")):
             raise ValueError(
-                f"loss_reduction must be 'mean' for clipping={clipping!r}, which may count in shares of the expected "
-                "batch, got 'sum'"
+                "loss_reduction must be 'mean' for label groups and for other clipping than 'flat' and 'per_layer', "
+                f"which may count in shares of the expected batch, got 'sum' with clipping={clipping!r}"
             )
         self.engine.averaged = loss_reduction != "sum"
         # Opacus takes what it made private before, for another run.
@@ -343,7 +343,8 @@ class PrivacyEngine:
             raise ValueError("the checkpoint's accountant must hold a history, got none")
         # Before what was released is put to use. It raises with nothing booked.
         book(self.engine.accountant, booked["history"])
-        optimizer.zero_grad()
+        # Its parameters are about to change.
+        optimizer._sum.reset()
         if state.get("optimizer_state_dict"):
             optimizer.load_state_dict(state.pop("optimizer_state_dict"))
         module.load_state_dict(weights)
