@@ -73,6 +73,11 @@ def check_single_process() -> None:
 def check_model(module: nn.Module) -> None:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    if _of_opacus(module):
+        raise TypeError(
+            f"module must be the model itself, got Opacus's {type(module).__name__} around it: pass "
+            "module.to_standard_module(), or make the model anew"
+        )
     if any(isinstance(m.__dict__.get("forward"), ReplacedForward) for m in module.modules()):
         raise ValueError("module is trained by another engine already: detach it there first")
     problems = validate(module)
@@ -80,9 +85,19 @@ def check_model(module: nn.Module) -> None:
         raise UnsupportedModuleError("module cannot be trained privately as it is: " + "; ".join(problems))
 
 
+def _of_opacus(thing: object) -> bool:
+    # By name: it need not be installed.
+    return any(kind.__module__.partition(".")[0] == "opacus" for kind in type(thing).__mro__)
+
+
 def check_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     if isinstance(optimizer, DPOptimizer):
         raise TypeError("optimizer must be an ordinary torch optimizer, got one that is private already")
+    if _of_opacus(optimizer):
+        raise TypeError(
+            f"optimizer must be an ordinary torch optimizer, got Opacus's {type(optimizer).__name__} around one: pass "
+            "optimizer.original_optimizer"
+        )
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if isinstance(optimizer, (torch.optim.LBFGS, torch.optim.SparseAdam)):

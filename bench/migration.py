@@ -43,8 +43,8 @@ SHA256 = {
 TRAIN, TEST = 1000, 200
 RUNS = {
     "mnist": ["mnist.py", "--device=cpu", "--batch-size=64", "--epochs=2"],
-    "mnist, two runs": ["mnist.py", "--device=cpu", "--batch-size=100", "--epochs=1", "--n-runs=2", "-c=2.5"],
-    "cifar10": ["cifar10.py", "--workers=0", "--batch-size=90", "--epochs=2", "--max-per-sample-grad_norm=1"],
+    "mnist, two runs": ["mnist.py", "--device=cpu", "--batch-size=100", "--epochs=1", "--n-runs=2", "-c=6"],
+    "cifar10": ["cifar10.py", "--workers=0", "--batch-size=90", "--epochs=2", "-c=5"],
     "cifar10, per layer": [
         "cifar10.py",
         "--workers=0",

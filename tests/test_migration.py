@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -386,6 +387,31 @@ def test_large_batches_in_pieces():
         BatchMemoryManager(data_loader=ours, max_physical_batch_size=0, optimizer=optimizer)
 
 
+def test_empty_batches_are_releases():
+    engine, model, optimizer, ours = private(
+        data=loader(50, 1), max_grad_norm=[0.1] * 7, clipping="per_layer"
+    )
+    empty = 0
+    with BatchMemoryManager(data_loader=ours, max_physical_batch_size=1, optimizer=optimizer) as pieces:
+        for x, y in pieces:
+            empty += ours.current.rows == 0
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    assert empty > 3
+    assert engine.accountant.history == [(1.0, 1 / 50, 50)]
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_a_private_model_has_a_functional_form():
+    from adaclip.opacus.grad_sample.functorch import make_functional
+
+    _, model, _, _ = private()
+    function, params = make_functional(model)
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(function(params, x), network()(x))
+
+
 def test_a_loader_is_made_private_again_for_another_run():
     _, _, _, first = private()
     _, _, optimizer, second = private(data=first)
@@ -632,13 +658,50 @@ def test_distributed_wrapper(tmp_path):
         DPDDP(network())
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        wrapped = DPDDP(network())
+        broadcast = mock.Mock(side_effect=torch.distributed.broadcast)
+        with mock.patch.object(torch.distributed, "broadcast", broadcast):
+            wrapped = DPDDP(network())
+        assert [(id(p), source) for (p, source), _ in broadcast.call_args_list] == [
+            (id(p), 0) for p in wrapped.module.parameters()
+        ]
         engine, model, optimizer, ours = private(model=wrapped)
         train(model, optimizer, ours)
         assert model is wrapped
         assert len(engine.accountant) == 7
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_what_opacus_made_is_not_wrapped_once_more():
+    model = network()
+    wrapped, optimizer, data = opacus.PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        data_loader=loader(),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+    rest = {"noise_multiplier": 1.0, "max_grad_norm": 1.0}
+    for engine in (PrivacyEngine(), adaclip.PrivacyEngine()):
+        with pytest.raises(TypeError, match=r"the model itself.*to_standard_module"):
+            engine.make_private(module=wrapped, optimizer=optimizer, data_loader=loader(), **rest)
+        model = wrapped.to_standard_module()
+        with pytest.raises(TypeError, match=r"optimizer\.original_optimizer"):
+            engine.make_private(module=model, optimizer=optimizer, data_loader=loader(), **rest)
+        ordinary = optimizer.original_optimizer
+        with pytest.raises(ValueError, match=r"batch_sampler must be the default one"):
+            engine.make_private(module=model, optimizer=ordinary, data_loader=data, **rest)
+        engine.make_private(module=model, optimizer=ordinary, data_loader=loader(), **rest)
+        engine = getattr(engine, "engine", engine)
+        engine.detach()
+        wrapped = opacus.GradSampleModule(model)
+
+
+def test_the_plain_engine_knows_opacus_s_accountants():
+    with pytest.raises(ValueError, match="'prv' corresponds to 'pld'"):
+        adaclip.PrivacyEngine(accountant="prv")
+    with pytest.raises(ValueError, match="gdp_epsilon"):
+        adaclip.PrivacyEngine(accountant="gdp")
 
 
 # --- checkpoints ---------------------------------------------------------------------------------------

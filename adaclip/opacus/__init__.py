@@ -2,7 +2,7 @@
 
 The modules have the names of Opacus's. What has a counterpart here has Opacus's arguments and does what they say;
 what has none raises an ImportError or AttributeError that says what to do instead. docs/migrating-from-opacus.md is
-the whole table. Nothing here imports opacus, and nothing below here knows of it.
+the whole table. Nothing here imports opacus, and nothing below imports from here.
 
 Not what Opacus does, on purpose: the model comes back unwrapped, noise and sampling are always cryptographic, a
 target epsilon is enforced, and batches are accounted for as they were drawn.
