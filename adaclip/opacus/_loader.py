@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch.utils.data import DataLoader
 
-from adaclip import arguments
 from adaclip.batches import LoaderBase
 from adaclip.epochs import EpochLoader
 from adaclip.sampler import PoissonLoader
@@ -26,9 +26,14 @@ def original_of(data_loader: DataLoader | LoaderBase) -> DataLoader:
 
 
 def make_loader(
-    data_loader: DataLoader, poisson_sampling: bool, *, averaged: bool, **options: Any
+    make: Callable[..., PoissonLoader | EpochLoader],
+    data_loader: DataLoader,
+    poisson_sampling: bool,
+    *processes: Any,
+    averaged: bool,
+    **options: Any,
 ) -> PoissonLoader | EpochLoader:
-    """A private loader with Opacus's sampling rate and denominator.
+    """What `make` makes of a loader, with Opacus's sampling rate and denominator.
 
     The rate is 1/len(data_loader), which differs from batch_size/N where the batch size does not divide N. The
     denominator is int(N/len(data_loader)) or, for a summed loss (not `averaged`), 1. Both are public.
@@ -40,7 +45,7 @@ def make_loader(
                 "data_loader must give at least 1 batch: its inverse length is the sampling rate"
             )
         options["sample_rate"] = 1 / len(data_loader)
-    loader = arguments.make_loader(data_loader, poisson_sampling, **options)
+    loader = make(data_loader, poisson_sampling, *processes, **options)
     # Opacus's own expression, rounding included. It is 0 for some N of batches of one, and divides by it.
     per_step = int(loader.dataset_size * (1 / len(data_loader)))
     loader.expected_batch_size = float(max(1, per_step)) if averaged else 1.0

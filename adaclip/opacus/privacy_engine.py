@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from adaclip import checkpoint
+from adaclip import arguments, checkpoint
 from adaclip.batches import LoaderBase
 from adaclip.clipping import AdaptiveClipping, Clipping, PerLayerClipping
 from adaclip.engine import PrivacyEngine as Engine
@@ -45,8 +45,11 @@ class _Engine(Engine):
     _optimizer_class = DPOptimizer
     averaged = True
 
-    def _make_loader(self, data_loader: DataLoader, poisson_sampling: bool, **options: Any) -> LoaderBase:
-        return make_loader(data_loader, poisson_sampling, averaged=self.averaged, **options)
+    def _make_loader(self, *positional: Any, **options: Any) -> LoaderBase:
+        return make_loader(arguments.make_loader, *positional, averaged=self.averaged, **options)
+
+    def _planned_loader(self, *positional: Any, **options: Any) -> LoaderBase:
+        return make_loader(arguments.planned_loader, *positional, averaged=self.averaged, **options)
 
 
 class Hooks:
