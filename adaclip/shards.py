@@ -111,8 +111,8 @@ def _first_element(p: Tensor) -> int:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-    # The offset of a process without rows is not defined; it has no elements either.
-    return offset[0] * p[0].numel() if p.dim() and 0 not in shape else 0
+    # Of a process without rows there is no offset. (Indexing p would send messages.)
+    return offset[0] * (p.numel() // p.shape[0]) if p.dim() and 0 not in shape else 0
 
 
 def reshard(module: nn.Module) -> None:

@@ -19,6 +19,15 @@ from torch import distributed as dist
 
 # Long enough for a machine that does other things, short enough to notice that a process hangs.
 LIMIT = 120.0
+# What the server imports before it is forked.
+_BEFORE = [
+    "adaclip.engine",
+    "torch.distributed.fsdp",
+    "scipy.stats",
+    "pytest",
+    "hypothesis",
+    "shared_training",
+]
 
 
 def run(function: Callable[..., Any], *args: Any, world: int = 2, timeout: float = 60.0) -> list[Any]:
@@ -27,7 +36,7 @@ def run(function: Callable[..., Any], *args: Any, world: int = 2, timeout: float
     timeout: of the process group, in seconds. A process that is not done after LIMIT seconds is killed: AssertionError.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["adaclip.engine", "torch.distributed.fsdp"])
+    context.set_forkserver_preload(_BEFORE)
     with tempfile.TemporaryDirectory() as folder:
         store = f"file://{folder}/store"
         pipes, processes = [], []
