@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from two_processes import run
 
 import adaclip
 from adaclip.accounting import create_accountant, gdp_epsilon
@@ -651,25 +651,36 @@ def test_make_functional(tracked):
     assert all(a is p for a, p in zip(params, model.parameters(), strict=True)) == tracked
 
 
-def test_distributed_wrapper(tmp_path):
+def _an_epoch(wrapped):
+    """(parameters, history) after one, in each process of a group, or in one alone."""
+    from adaclip.opacus.distributed import DifferentiallyPrivateDistributedDataParallel as DPDDP
+
+    model = network()
+    if wrapped:
+        with torch.no_grad():
+            for p in model.parameters():
+                p += torch.distributed.get_rank()
+        model = DPDDP(model)
+        # The first process's, before anything else could have made them so.
+        assert all(map(torch.equal, model.parameters(), network().parameters()))
+    engine, model, optimizer, ours = private(
+        model=model, clipping="per_layer", max_grad_norm=[0.3] * 7, noise_generator=KEY
+    )
+    with BatchMemoryManager(data_loader=ours, max_physical_batch_size=2, optimizer=optimizer) as pieces:
+        train(model, optimizer, pieces)
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), engine.accountant.history
+
+
+def test_distributed_data_parallel():
     from adaclip.opacus.distributed import DifferentiallyPrivateDistributedDataParallel as DPDDP
 
     with pytest.raises(RuntimeError, match="init_process_group"):
         DPDDP(network())
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        broadcast = mock.Mock(side_effect=torch.distributed.broadcast)
-        with mock.patch.object(torch.distributed, "broadcast", broadcast):
-            wrapped = DPDDP(network())
-        assert [(id(p), source) for (p, source), _ in broadcast.call_args_list] == [
-            (id(p), 0) for p in wrapped.module.parameters()
-        ]
-        engine, model, optimizer, ours = private(model=wrapped)
-        train(model, optimizer, ours)
-        assert model is wrapped
-        assert len(engine.accountant) == 7
-    finally:
-        torch.distributed.destroy_process_group()
+    alone, history = _an_epoch(False)
+    assert history == [(1.0, 1 / 7, 7)]
+    for parameters, booked in run(_an_epoch, True):
+        assert booked == history
+        assert (parameters - alone).norm() <= 1e-5 * alone.norm()
 
 
 def test_what_opacus_made_is_not_wrapped_once_more():
