@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -13,8 +12,9 @@ from torch.utils.data import DataLoader
 
 from adaclip import arguments, checkpoint
 from adaclip.batches import LoaderBase
-from adaclip.clipping import AdaptiveClipping, Clipping, PerLayerClipping
+from adaclip.clipping import Clipping
 from adaclip.engine import PrivacyEngine as Engine
+from adaclip.opacus._arguments import MODES, SEARCH, strategy_of, with_reduction
 from adaclip.opacus._loader import make_loader, original_of
 from adaclip.opacus._replacements import raise_attribute_error
 from adaclip.opacus.accountants import PRVAccountant, RDPAccountant, book, mechanism_error
@@ -24,18 +24,6 @@ from adaclip.opacus.validators.module_validator import ModuleValidator
 
 __all__ = ["PrivacyEngine"]
 
-# All of them are one backward here. "ghost" modes also return the criterion, as Opacus's do.
-_MODES = ("hooks", "functorch", "ew", "ghost", "ghost_fsdp")
-# Opacus's names for the arguments of AdaptiveClipping; it wants all of them.
-_ADAPTIVE = (
-    "target_unclipped_quantile",
-    "clipbound_learning_rate",
-    "max_clipbound",
-    "min_clipbound",
-    "unclipped_num_std",
-)
-# For Opacus's searches, which end where it is told; ours end within 0.1 % of the target.
-_SEARCH = ("epsilon_tolerance", "eps_error", "delta_error", "alphas")
 _PREFIX = "_module."  # what a GradSampleModule puts before every name of the model's
 
 
@@ -171,7 +159,7 @@ class PrivacyEngine:
         warns of it. Other arguments are those of `make_private`; the options of Opacus's search (epsilon_tolerance,
         eps_error, delta_error, alphas) are taken and not needed.
         """
-        for name in _SEARCH:
+        for name in SEARCH:
             options.pop(name, None)
         return self._make(
             self.engine.make_private_with_epsilon,
@@ -219,11 +207,11 @@ class PrivacyEngine:
                 "grad_sample_mode must not be 'no_op': gradients of your own go through "
                 "adaclip.functional.clip_and_noise, which returns the noisy update"
             )
-        if grad_sample_mode not in _MODES:
-            raise ValueError(f"grad_sample_mode must be one of {_MODES}, got {grad_sample_mode!r}")
+        if grad_sample_mode not in MODES:
+            raise ValueError(f"grad_sample_mode must be one of {MODES}, got {grad_sample_mode!r}")
         if self.secure_mode and noise_generator is not None:
             raise ValueError("noise_generator must be None with secure_mode, whose noise cannot be repeated")
-        strategy, norm = _strategy(clipping, max_grad_norm, options)
+        strategy, norm = strategy_of(clipping, max_grad_norm, options)
         if loss_reduction == "sum" and (clipping not in ("flat", "per_layer") or options.get("groups")):
             raise ValueError(
                 "loss_reduction must be 'mean' for label groups and for other clipping than 'flat' and 'per_layer', "
@@ -244,7 +232,7 @@ class PrivacyEngine:
         )
         first = module if wrap_model else Hooks(self.engine)
         if grad_sample_mode.startswith("ghost"):
-            return first, optimizer, _with_reduction(criterion, loss_reduction), loader
+            return first, optimizer, with_reduction(criterion, loss_reduction), loader
         return first, optimizer, loader
 
     def get_epsilon(self, delta: float) -> float:
@@ -362,41 +350,6 @@ class PrivacyEngine:
 
     def __getattr__(self, name: str) -> NoReturn:
         raise_attribute_error(self, "privacy_engine.PrivacyEngine", name)
-
-
-def _strategy(
-    clipping: str | Clipping, max_grad_norm: float | Sequence[float], options: dict[str, Any]
-) -> tuple[str | Clipping, float | Sequence[float] | None]:
-    """What adaclip calls that clipping, and the norm beside it; takes Opacus's adaptive arguments from `options`."""
-    given = {name: options.pop(name) for name in _ADAPTIVE if name in options}
-    if given and clipping != "adaptive":
-        raise TypeError(f"{', '.join(given)} must come with clipping='adaptive', got {clipping!r}")
-    if given and len(given) < len(_ADAPTIVE):
-        raise TypeError(
-            f"clipping='adaptive' needs all or none of {', '.join(_ADAPTIVE)}, got {sorted(given)}"
-        )
-    if given:
-        strategy = AdaptiveClipping(
-            max_grad_norm,
-            quantile=given["target_unclipped_quantile"],
-            rate=given["clipbound_learning_rate"],
-            sigma_b=given["unclipped_num_std"],
-            accelerate=False,
-            bounds=(given["min_clipbound"], given["max_clipbound"]),
-        )
-        return strategy, None
-    if clipping == "per_layer":
-        # Opacus's layers are parameters, with equal noise in all of them.
-        return PerLayerClipping(max_grad_norm, allocation="equal", per_parameter=True), None
-    return clipping, max_grad_norm
-
-
-def _with_reduction(criterion: nn.Module | None, loss_reduction: str) -> nn.Module:
-    """A copy with that reduction, which is what Opacus's wrapper computes whatever the criterion's own is."""
-    criterion = nn.CrossEntropyLoss() if criterion is None else copy.copy(criterion)
-    if hasattr(criterion, "reduction"):
-        criterion.reduction = loss_reduction
-    return criterion
 
 
 def _check_empty(**options: dict[str, Any] | None) -> None:
