@@ -31,19 +31,28 @@ class CudaGraphs:
             raise ValueError(f"a graphed step needs its model on a CUDA GPU, got {device}")
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        # Of this device: torch's own stream for captures is of the device that was current when it was made, and what
+        # runs on another device is carried out there instead of captured.
+        self._aside, self._capturing = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
     def rehearse(self, run: Callable[[], None]) -> None:
         """Run it on a stream of its own, as capturing does: libraries and kernels are loaded then."""
-        here, aside = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
+        here = torch.cuda.current_stream(self._device)
+        self._aside.wait_stream(here)
+        with torch.cuda.stream(self._aside):
             run()
-        here.wait_stream(aside)
+        here.wait_stream(self._aside)
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         """Capture what `run` enqueues, without doing it; returns what does it, every time it is called."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
+        # In torch's usual mode a thread that pins a loader's batches meanwhile would break the capture, and itself.
+        with (
+            torch.cuda.device(self._device),
+            torch.cuda.graph(
+                graph, pool=self._pool, stream=self._capturing, capture_error_mode="thread_local"
+            ),
+        ):
             run()
         return graph.replay
 

@@ -41,9 +41,7 @@ CALLS = {
     "normal_fill": lambda run: run(KEY, 1, 0, f32(4), 1.0, 0, False),
     "noisy_step": lambda run: run(KEY, 1, 0, FusedStep([(f32(4), None, None, None)], [0], [(1.0,) * 14])),
     "noisy_sum": lambda run: run(KEY, 1, 0, f32(2, 3), f32(2), 0, 1.0, 1.0),
-    "perturb": lambda run: run(
-        KEY, 1, 0, [Move(f32(4), f32(4), f32(4), None, 0, 1.0, 0.0)], True, 1.0, {}
-    ),
+    "perturb": lambda run: run(KEY, 1, 0, [Move(f32(4), f32(4), f32(4), None, 0, 1.0, 0.0)], True, 1.0, {}),
 }
 
 
