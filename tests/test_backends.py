@@ -1,13 +1,25 @@
 """What decides and prepares a GPU's kernels, as far as it can be looked at without them."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from adaclip import reference, update
-from adaclip.backends import ConvGeometry, Key, choice, cuda, cudnn_grads, describe, kernels_on, support
+from adaclip import _core, reference, update
+from adaclip.backends import (
+    ConvGeometry,
+    Key,
+    Like,
+    choice,
+    cuda,
+    cudnn_grads,
+    describe,
+    kernels_on,
+    resolve_backend,
+    support,
+)
 from adaclip.backends.device_table import step_table
 from adaclip.backends.planes import as_planes
 from adaclip.layers.base import rounding_bound
@@ -264,3 +276,63 @@ def test_the_bindings_take_what_they_are_handed(monkeypatch):
     step = FusedStep([(x, None, None, None)], [0], [(1.0,) * 14])
     with pytest.raises(RuntimeError, match="CUDA"):
         cuda.noisy_step(Key(bytes(32)), 1 << 63, 1, step)
+
+
+# --- GPUs that are there, and cannot run what we have ---------------------------------------------------
+
+FIRST = Like((2,), torch.float32, torch.device("cuda", 0))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """gpu(capability): as if torch had found such a GPU."""
+
+    def found(capability):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        forget()
+
+    def forget():
+        support._older.cache_clear()
+        support._runtime_refuses.cache_clear()
+
+    yield found
+    monkeypatch.undo()
+    forget()
+
+
+def test_older_gpus_than_the_bounds_speak_of_get_plain_torch(gpu):
+    pytest.importorskip("triton", reason="triton is not installed")
+    gpu((7, 5))
+    for operation in support.OPERATIONS:
+        if support.OPERATIONS[operation] != support.DOUBLES:
+            assert resolve_backend(operation, "auto", FIRST) == "reference"
+    with pytest.raises(RuntimeError, match="8.0"):
+        resolve_backend("row_sqnorms", "triton", FIRST)
+
+
+def test_another_makers_gpus_get_plain_torch(gpu, monkeypatch):
+    gpu((9, 4))
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert resolve_backend("conv_sample_norms", "auto", FIRST) == "reference"
+
+
+def test_a_driver_older_than_the_linked_runtime_leaves_the_triton_kernels(gpu, monkeypatch):
+    """ "auto" must not choose kernels whose every launch would fail."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    answers = {0: "the CUDA runtime says: CUDA driver version is insufficient", 1: ""}
+    kernels = SimpleNamespace(device_refusal=answers.get)
+    monkeypatch.setattr(support, "_core", SimpleNamespace(CUDA_BUILT=True, cuda=kernels))
+    gpu((9, 0))
+    assert resolve_backend("noisy_step", "auto", FIRST) == "triton"
+    with pytest.raises(RuntimeError, match="driver version is insufficient"):
+        resolve_backend("noisy_step", "cuda", FIRST)
+    other = FIRST._replace(device=torch.device("cuda", 1))
+    assert resolve_backend("noisy_step", "auto", other) == "cuda"
+
+
+@pytest.mark.skipif(
+    support.cuda_missing() is not None or torch.cuda.is_available(), reason="needs CUDA kernels, and no GPU"
+)
+def test_the_linked_runtime_says_that_there_is_no_gpu():
+    assert "the CUDA runtime says" in _core.cuda.device_refusal(0)

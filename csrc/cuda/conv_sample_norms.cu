@@ -38,14 +38,32 @@ cudaError_t shared_limit(int device, int* bytes) {
   return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
 }
 
+std::string says(cudaError_t error) {
+  return std::string("the CUDA runtime says: ") + cudaGetErrorString(error);
+}
+
 }  // namespace
+
+std::string device_refusal(int device) {
+  int before = 0;
+  cudaError_t error = cudaGetDevice(&before);
+  if (error != cudaSuccess) return says(error);
+  cudaFuncAttributes found;
+  error = cudaSetDevice(device);
+  // Loads the code for that device, where there is some.
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&found, kernel_for(Element::bf16, 1));
+  const cudaError_t back = cudaSetDevice(before);
+  cudaGetLastError();  // or the next launch would find it
+  if (error == cudaSuccess) error = back;
+  return error == cudaSuccess ? "" : says(error);
+}
 
 std::string conv_sample_norms_refusal(const ConvShape& shape, int device) {
   if (device < 0) return conv_norms_refusal(shape, kAmpereShared);
   int limit = 0, major = 0;
   cudaError_t error = shared_limit(device, &limit);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error != cudaSuccess) return std::string("the CUDA runtime says: ") + cudaGetErrorString(error);
+  if (error != cudaSuccess) return says(error);
   if (major < 8) return "the device has compute capability below 8.0";
   return conv_norms_refusal(shape, limit);
 }
