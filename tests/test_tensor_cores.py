@@ -8,6 +8,7 @@ test_cuda_kernels.
 
 import pytest
 import torch
+from lossy_sums import lossy_rows
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -47,27 +48,11 @@ def summed(a, b, block, bits):
     return total
 
 
-def bfloat16(t):
-    return t.to(torch.bfloat16).double()
-
-
-def inputs(length):
-    """Pairs of rows: of one sign and all alike, of one sign, canceling, and one large product before many small ones."""
-    rng = torch.Generator().manual_seed(length)
-    alike = 1 + torch.rand(200, 1, generator=rng).expand(200, length)
-    mixed = torch.rand(200, length, generator=rng) + 0.5
-    signs = torch.randint(2, (200, length), generator=rng) * 2 - 1
-    large = torch.full((200, length), 2.0**-12) * (1 + torch.rand(200, 1, generator=rng))
-    large[:, 0] = 1.99
-    pairs = [(alike, alike), (mixed, mixed.flip(0)), (mixed * signs, mixed.flip(1)), (large, large)]
-    return (torch.cat([bfloat16(t) for t in side]) for side in zip(*pairs, strict=True))
-
-
 @pytest.mark.parametrize("core", CORES)
 def test_a_sum_is_off_by_a_unit_a_product_at_most(core):
     worst = 0.0
     for length in LENGTHS:
-        a, b = inputs(length)
+        a, b = lossy_rows(length)
         error = (summed(a, b, *CORES[core]) - (a * b).sum(1)).abs()
         allowed = roundings(length, torch.bfloat16) * UNIT * (a * b).abs().sum(1)
         assert bool((error <= allowed).all()), (length, float((error / allowed).max()))
