@@ -110,7 +110,8 @@ class GraphedStep:
     Raises:
         ValueError: the model is not on a CUDA GPU, or a side release cannot be captured (`SplitRelease`).
         PrivacyBudgetExceeded: from a call; nothing has changed then.
-        RuntimeError: from a call: whatever `DPOptimizer.step` refuses, or an optimizer without a fused update.
+        RuntimeError: from a call: whatever `DPOptimizer.step` refuses, or, with nothing booked, an optimizer without a
+          fused update or a layer that reads the device (embeddings, and what only the generic fallback trains).
     """
 
     # What captures and replays.
@@ -234,6 +235,12 @@ class GraphedStep:
     def _rehearse(self, params: list[nn.Parameter], info: BatchInfo) -> None:
         """Run all that will be captured, for zero samples, and leave everything as it was."""
         total, optimizer = self._sum, self._optimizer
+        reading = total.uncapturable()
+        if reading:
+            raise RuntimeError(
+                "a graphed step cannot hold per-sample gradients that are made by reading the device, as those of "
+                f"{', '.join(reading)} are: freeze them, or use the ordinary loop"
+            )
         parts = [part for part in (total.clipping, total.groups) if part is not None]
         states = [part.state_dict() for part in parts]
         buffers = [(b, b.clone()) for b in self._module.buffers()]
