@@ -112,6 +112,29 @@ def test_torchs_settings_are_as_they_were(monkeypatch):
             cudnn.conv.fp32_precision = "tf32"
 
 
+@pytest.mark.parametrize(
+    ("convolutions", "products", "enabled", "found"),
+    [
+        ("tf32", "ieee", True, "tf32"),
+        ("ieee", "tf32", True, "ieee"),
+        ("ieee", "tf32", False, "tf32"),
+        ("ieee", "ieee", False, "ieee"),
+    ],
+)
+def test_what_is_rounded_is_what_multiplies(convolutions, products, enabled, found):
+    """Without cuDNN a convolution is cuBLAS's, and rounds as that is told to."""
+    cudnn, cublas = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.conv.fp32_precision, cublas.fp32_precision, cudnn.enabled
+    there = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
+    try:
+        cudnn.conv.fp32_precision, cublas.fp32_precision, cudnn.enabled = convolutions, products, enabled
+        assert cudnn_grads._precision("conv", there) == found
+        assert cudnn_grads._precision("matmul", there) == products
+        assert (cudnn_grads.conv_grad_rounding(there).operands > 0) == (found == "tf32")
+    finally:
+        cudnn.conv.fp32_precision, cublas.fp32_precision, cudnn.enabled = before
+
+
 def cut(t, bits):
     """float32 with that many bits of significand, cut off as TF32's are."""
     return (t.view(torch.int32) & (-1 << (24 - bits))).view(torch.float32)

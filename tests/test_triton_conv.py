@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from lossy_sums import lossy_images
+from lossy_sums import gram_norms, lossy_images
 
 pytest.importorskip("triton")
 
@@ -249,9 +249,9 @@ def test_sums_that_lose_bits_stay_bounded(gpu_or_interpreter, dtype, length):
     count = 200 if torch.cuda.is_available() else 2
     x, g = lossy_images(length, count, dtype, gpu_or_interpreter)
     geometry = ((1, 1), (1, 1), (0, 0), (1, 1), 1)
+    squares, scales = gram_norms(x, g)
     for norms in (gram, formed):
         sqnorms, magnitudes = (t.cpu() for t in norms(x, g, geometry))
-        _, squares, scales = exact(x, g, geometry)
-        assert bool((sqnorms >= squares).all())
-        assert bool((magnitudes >= scales).all())
+        assert bool((sqnorms >= squares - 1e-12 * scales).all())
+        assert bool((magnitudes >= (1 - 1e-12) * scales).all())
         assert bool((sqnorms <= squares + 4e-3 * scales).all())
