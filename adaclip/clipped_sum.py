@@ -132,15 +132,6 @@ class ClippedSum:
         self._complete = False
         self.broken = None
 
-    def uncapturable(self) -> list[str]:
-        """What has parameters that are trained now and reads values back in its backward."""
-        wanted = set(self._parameters())
-        return [
-            f"{layer.name or 'the model'} ({type(layer.module).__name__})"
-            for layer in self._layers
-            if not layer.capturable and wanted.intersection(layer.trainable())
-        ]
-
     def begin(self) -> None:
         """Fix the thresholds of the logical batch in hand; nothing if that is done."""
         if self._thresholds is None:

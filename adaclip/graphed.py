@@ -149,9 +149,12 @@ class GraphedStep:
         self._real, self._counter = torch.zeros(2, 1, dtype=torch.int64, device=self._device).unbind()
         self._number = 0
         self._update: Update | None = None
+        # Where the last step was enqueued.
+        self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         optimizer, info = self._optimizer, self._optimizer.batch
+        self._follow()
         if not self._fits(info, x, y):
             return self._eager(x, y)
         self._take(x, y)
@@ -194,6 +197,18 @@ class GraphedStep:
             for given, ours in ((x, self._x), (y, self._y))
         )
 
+    def _follow(self) -> None:
+        """Come after the step before, also where the caller has changed streams.
+
+        Else its replay could find the next release's number in the place of its own, and two releases share a noise.
+        """
+        if self._device.type != "cuda":
+            return
+        here = torch.cuda.current_stream(self._device)
+        if self._stream not in (None, here):
+            here.wait_stream(self._stream)
+        self._stream = here
+
     def _eager(self, x: Tensor, y: Tensor) -> Tensor:
         x, y = (t.to(self._device, non_blocking=True) for t in (x, y))
         self._optimizer.zero_grad()
@@ -235,7 +250,11 @@ class GraphedStep:
     def _rehearse(self, params: list[nn.Parameter], info: BatchInfo) -> None:
         """Run all that will be captured, for zero samples, and leave everything as it was."""
         total, optimizer = self._sum, self._optimizer
-        reading = total.uncapturable()
+        reading = [
+            f"{layer.name or 'the model'} ({type(layer.module).__name__})"
+            for layer in total._layers
+            if not layer.capturable and set(params).intersection(layer.trainable())
+        ]
         if reading:
             raise RuntimeError(
                 "a graphed step cannot hold per-sample gradients that are made by reading the device, as those of "

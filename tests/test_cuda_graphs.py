@@ -89,6 +89,40 @@ def test_every_replay_releases_the_noise_of_its_own_number():
     assert optimizer.releases == len(loader) > 3
 
 
+def test_a_step_on_another_stream_comes_after_the_one_before(monkeypatch):
+    waits = []
+
+    class Stream:
+        def wait_stream(self, other):
+            waits.append((self, other))
+
+    _, model, optimizer, _ = made(network(), sgd)
+    step = Graphed(model, optimizer, nn.functional.cross_entropy)
+    first, second = Stream(), Stream()
+    monkeypatch.setattr(step, "_device", torch.device("cuda", 0))
+    for here in (first, first, second, second, first):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, here=here: here)
+        step._follow()
+    assert waits == [(second, first), (first, second)]
+
+
+@needs_gpu
+def test_streams_that_change_change_no_noise():
+    ends = []
+    for streams in (1, 2):
+        places = [torch.cuda.Stream(DEVICE) for _ in range(streams)]
+        _, model, optimizer, loader = made(one_layer(), sgd, n=EXAMPLES, batch_size=BATCH, pad_to=EXAMPLES)
+        step, found = Graphed(model, optimizer, nn.functional.cross_entropy), []
+        torch.cuda.synchronize()
+        for i, (x, y) in enumerate(batch for _ in range(4) for batch in loader):
+            with torch.cuda.stream(places[i % streams]):
+                step(x, y)
+                found.append(model[-1].weight.detach().clone())
+        torch.cuda.synchronize()
+        ends.append([t.cpu() for t in found])
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
+
+
 def test_nothing_but_the_release_changes_the_parameters():
     """At rate 0 the rehearsals, the capture and the replays leave every bit."""
     _, model, optimizer, loader = made(network(), lambda p: sgd(p, 0.0), pad_to=40)
