@@ -272,6 +272,18 @@ def test_a_table_is_made_once_for_its_parameters():
     assert step_table(update._fused_step(optimizer, params[:1], [0.3])[0]) is not first
 
 
+def test_a_table_is_made_and_written_whatever_the_default_device():
+    """`torch.set_default_device("cuda")` is no reason to look for the host's numbers on a GPU."""
+    params = [nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(7))]
+    optimizer = NoiseCorrectedNadam(params, lr=0.1)
+    for std in (0.1, 0.2):
+        stds = torch.full((2,), std, dtype=torch.float64)
+        fused, _ = update._fused_step(optimizer, params, stds)
+        with torch.device("meta"):
+            table = step_table(fused)
+        torch.testing.assert_close(table.rules[:, 0], stds.float())
+
+
 # --- CUDA C++ -------------------------------------------------------------------------------------------
 
 
