@@ -1,6 +1,7 @@
 """What decides and prepares a GPU's kernels, as far as it can be looked at without them."""
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -325,6 +326,7 @@ def gpu(monkeypatch):
     def found(capability):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "device", nullcontext)
         forget()
 
     def forget():

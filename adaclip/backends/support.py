@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from adaclip import _core
+from adaclip.backends.current import current
 from adaclip.backends.values import Like
 from adaclip.reference import wide_dtype
 
@@ -140,7 +141,8 @@ def _runtime_refuses(device: torch.device) -> str | None:
     if not torch.cuda.is_available():
         return "torch finds no CUDA GPU"
     index = torch.cuda.current_device() if device.index is None else device.index
-    return _core.cuda.device_refusal(index) or None
+    with current(torch.device("cuda", index)):
+        return _core.cuda.device_refusal(index) or None
 
 
 @functools.cache

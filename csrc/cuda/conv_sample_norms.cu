@@ -45,16 +45,11 @@ std::string says(cudaError_t error) {
 }  // namespace
 
 std::string device_refusal(int device) {
-  int before = 0;
-  cudaError_t error = cudaGetDevice(&before);
-  if (error != cudaSuccess) return says(error);
   cudaFuncAttributes found;
-  error = cudaSetDevice(device);
+  cudaError_t error = cudaSetDevice(device);
   // Loads the code for that device, where there is some.
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&found, kernel_for(Element::bf16, 1));
-  const cudaError_t back = cudaSetDevice(before);
   cudaGetLastError();  // or the next launch would find it
-  if (error == cudaSuccess) error = back;
   return error == cudaSuccess ? "" : says(error);
 }
 

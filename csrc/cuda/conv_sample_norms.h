@@ -22,7 +22,7 @@ struct TensorStrides {
 };
 
 // Empty if the kernels of this library can run on `device`, else why not: the driver may be older than the
-// runtime that is linked in, or the library built for other GPUs. The current device stays what it was.
+// runtime that is linked in, or the library built for other GPUs. `device` becomes the current one.
 std::string device_refusal(int device);
 
 // Empty if the kernel can take this shape on `device`, else why not: it is for planes of up to 256 positions
