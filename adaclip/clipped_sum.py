@@ -404,9 +404,11 @@ class ClippedSum:
         owners = Counter(p for layer in used for p in layer.trainable())
         for layer in used:
             mine = wanted.intersection(layer.trainable())
+            # In the layer's order, the same in every process: a set's is not.
             groups: dict[int, set[nn.Parameter]] = {}
-            for p in mine:
-                groups.setdefault(self.group_of(p), set()).add(p)
+            for p in layer.trainable():
+                if p in mine:
+                    groups.setdefault(self.group_of(p), set()).add(p)
             # One after the other: the same uses with views as positions take memory of their own.
             uses = [layer.fold(use, self._views) for use in layer.slot.uses]
             layer.slot.uses.clear()
