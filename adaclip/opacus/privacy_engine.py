@@ -21,6 +21,7 @@ from adaclip.opacus.accountants import PRVAccountant, RDPAccountant, book, mecha
 from adaclip.opacus.optimizers.optimizer import DPOptimizer
 from adaclip.opacus.schedulers._scheduler import Scheduler
 from adaclip.opacus.validators.module_validator import ModuleValidator
+from adaclip.shards import is_sharded
 
 __all__ = ["PrivacyEngine"]
 
@@ -299,7 +300,7 @@ class PrivacyEngine:
 
         Raises:
             ValueError: the file is damaged, or of something else; nothing has been changed. RuntimeError: a file
-            of Opacus's, after `make_private_with_epsilon` planned a budget without it.
+            of Opacus's, after `make_private_with_epsilon` planned a budget without it, or for a sharded model.
         """
         _check_empty(module_load_dict_kwargs=module_load_dict_kwargs, torch_load_kwargs=torch_load_kwargs)
         optimizer = self._own(optimizer)
@@ -327,6 +328,8 @@ class PrivacyEngine:
                 "a checkpoint of Opacus's must be loaded after make_private, and be followed by "
                 "privacy_engine.engine.set_budget: make_private_with_epsilon has planned the budget without it"
             )
+        if any(map(is_sharded, module.parameters())):
+            raise RuntimeError("a checkpoint of Opacus's must be loaded into a model that is not sharded")
         weights = {k.removeprefix(_PREFIX): v for k, v in state.pop("module_state_dict").items()}
         checkpoint.check_module(weights, module)
         booked = state.pop("privacy_accountant_state_dict")
