@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from adaclip.backends.current import on_its_device
 from adaclip.backends.planes import as_images, as_planes
 from adaclip.backends.values import ConvGeometry, Rounding
 
@@ -20,6 +21,7 @@ __all__ = ["conv_grad_rounding", "conv_weighted_grad"]
 _SUM_UNIT = 2.0**-20
 
 
+@on_its_device()
 def conv_weighted_grad(
     x: Tensor, g: Tensor, factors: Tensor, weight: Tensor, geometry: ConvGeometry
 ) -> Tensor:

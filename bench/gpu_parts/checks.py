@@ -22,6 +22,7 @@ _FILES = (
     "test_backend_triton.py",
     "test_backends.py",
     "test_graphed.py",
+    "test_current_device.py",
     "test_device_data.py",
     "test_no_host_reads.py",
 )
