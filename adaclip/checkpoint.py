@@ -21,7 +21,7 @@ from adaclip.files import Output, replace_file
 from adaclip.optimizer import DPOptimizer
 from adaclip.shards import cut, cut_like, is_sharded, whole_state
 
-__all__ = ["VERSION", "Lineage", "check", "collect", "load", "restore", "save"]
+__all__ = ["VERSION", "Lineage", "check", "check_module", "collect", "load", "restore", "save"]
 
 VERSION = 3
 # What `collect` gives.
@@ -120,7 +120,7 @@ def check(
     budget: that of the run it is loaded into, which goes before the checkpoint's own.
     """
     try:
-        _check_module(state["module"], module)
+        check_module(state["module"], module)
         _check_kinds(state["kinds"], _kinds(optimizer, loader))
         with _damage():
             _check_optimizer(state["optimizer"], optimizer)
@@ -224,7 +224,7 @@ def _parts(optimizer: DPOptimizer) -> dict[str, Any]:
     }
 
 
-def _check_module(saved: dict[str, torch.Tensor], module: nn.Module) -> None:
+def check_module(saved: dict[str, torch.Tensor], module: nn.Module) -> None:
     """Raise ValueError unless `saved` fits the module exactly, tensor by tensor."""
     ours = module.state_dict()
     missing, unknown = sorted(ours.keys() - saved.keys()), sorted(saved.keys() - ours.keys())

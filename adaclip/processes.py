@@ -55,7 +55,7 @@ class Processes:
             return
         self._group = group
         # What the host has to know goes over gloo, so that no message waits for a GPU.
-        self._control = group if dist.get_backend(group) == "gloo" else _gloo_beside(group)
+        self._control = group if "gloo" in dist.get_backend_config(group) else _gloo_beside(group)
 
     @classmethod
     def alone(cls) -> Processes:
@@ -109,6 +109,28 @@ class Processes:
         except Exception as error:
             problem = error
         self.agree(what, problem, numbers)
+
+    def any(self, what: str, flag: bool) -> bool:
+        """Whether the flag is set in any process; every process asks at the same point."""
+        if self.size == 1:
+            return flag
+        found = torch.tensor([int(flag)])
+        try:
+            dist.all_reduce(found, dist.ReduceOp.MAX, self._control)
+        except RuntimeError as error:
+            raise self._lost(what, error) from error
+        return bool(found)
+
+    def told(self, what: str, value: Any) -> Any:
+        """The first process's plain value, in all of them."""
+        if self.size == 1:
+            return value
+        box = [value]
+        try:
+            dist.broadcast_object_list(box, group=self._control, group_src=0)
+        except RuntimeError as error:
+            raise self._lost(what, error) from error
+        return box[0]
 
     def agree_on(self, what: str, mine: Mapping[str, Any]) -> None:
         """Raise ValueError unless these plain values, by name, are the same in all processes."""
