@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from limits import file_size_limit
 
@@ -107,6 +107,7 @@ def test_output_keeps_the_first_error_and_swallows_what_follows(tmp_path):
         assert output.error is first
 
 
+@settings(max_examples=30)
 @given(
     st.lists(st.text(st.characters(blacklist_characters="\n", blacklist_categories=["Cs"])), max_size=4),
     st.data(),
