@@ -41,6 +41,7 @@ class ClippedSum:
     """Owns the tape of a model and the meaning of its parameters' `.grad`.
 
     parameters: called for the parameters that are trained, in the order the noise is drawn.
+    param_groups: called for the optimizer's parameter groups.
     batch: called for what the private loader says of the batch in hand; None without one.
     denominator: the public expected batch size, q N.
     groups, labels: the label groups, if any, and what is called for the labels of the batch in hand.
@@ -57,6 +58,7 @@ class ClippedSum:
         clipping: Clipping,
         *,
         parameters: Callable[[], Iterable[nn.Parameter]],
+        param_groups: Callable[[], list[dict]],
         batch: Callable[[], BatchInfo | None],
         denominator: float,
         loss_reduction: str,
@@ -86,12 +88,13 @@ class ClippedSum:
             expected_batch_size=denominator,
             device=next(iter(parameters())).device,
             backend=backend,
+            param_groups=param_groups,
         )
-        self._groups = clipping.bind(setting)
+        groups_of_clipping = clipping.bind(setting)
         self._group_of: dict[nn.Parameter, int] = {}
         for k, layer in enumerate(trained):
             for p in layer.parameters():
-                self._group_of.setdefault(p, k if self._groups > 1 else 0)
+                self._group_of.setdefault(p, k if groups_of_clipping > 1 else 0)
         sides = [] if clipping.side is None else [clipping.side]
         if groups is not None:
             groups.bind(setting)
@@ -138,6 +141,11 @@ class ClippedSum:
             self.clipping.begin(self.release)
             self._thresholds = self.clipping.thresholds, self.clipping.thresholds._version
 
+    @property
+    def begun(self) -> bool:
+        """Whether the thresholds of the logical batch in hand are fixed already."""
+        return self._thresholds is not None
+
     def open(self, info: BatchInfo) -> None:
         """`begin` the sum of that batch: the host's part of its backward, where a replay is what follows."""
         self.begin()
@@ -162,8 +170,9 @@ class ClippedSum:
         return self._step == step
 
     def group_of(self, parameter: nn.Parameter) -> int:
-        """The clipping group of a trained parameter; a new one (unfrozen later) joins group 0."""
-        return self._group_of.get(parameter, 0)
+        """The clipping group of a trained parameter; of layers, a new one (unfrozen later) joins group 0."""
+        group = self.clipping.group_of(parameter)
+        return self._group_of.get(parameter, 0) if group is None else group
 
     def check_intact(self) -> None:
         """Raise RuntimeError unless every `p.grad` is exactly what `finish` left there."""
@@ -177,6 +186,8 @@ class ClippedSum:
                     "longer cover what was clipped to the old ones"
                 )
         for p in self._parameters():
+            if self.begun:
+                self.group_of(p)
             made = self._made.get(p)
             if p.grad is None:
                 if made is not None:
@@ -309,7 +320,7 @@ class ClippedSum:
         if not parts:
             return
         device = parts[0][1].sqnorms.device
-        sqnorms = torch.zeros(self._groups, rows, dtype=torch.float64, device=device)
+        sqnorms = torch.zeros(len(self.clipping.thresholds), rows, dtype=torch.float64, device=device)
         for k, part in parts:
             sqnorms[k] += part.sqnorms
         # A mean loss hands out g/(B V) for each of a sample's V views, and the mean over views is wanted.
@@ -374,8 +385,10 @@ class ClippedSum:
             uses = [layer.fold(use, self._views) for use in layer.slot.uses]
             layer.slot.uses.clear()
             whole = layer.merge(uses)
-            if whole is not None and len(groups) == 1 and all(owners[p] == 1 for p in mine):
-                parts.append((groups.pop(), layer.measure(whole, mine)))
+            if whole is not None and all(owners[p] == 1 for p in mine):
+                # A layer's parameters may be in several groups: no weight decay for biases, say.
+                for k in sorted(groups):
+                    parts.append((k, layer.measure(whole, {p for p in mine if self.group_of(p) == k})))
             elif mine:
                 # Used twice, or shared: the sample's gradient is the sum over uses, and the norm of a
                 # sum needs the summands themselves.

@@ -105,7 +105,8 @@ class PrivacyEngine:
             noise_multiplier: sigma of a whole step. Without statistics beside the gradient, noise has
               standard deviation sigma C; with them it has more (`adaclip.step_release`). 0 is exact clipped SGD.
             max_grad_norm: C, the clipping norm, 1.0 if left out (a sequence for per-layer clipping: one
-              a layer).
+              a layer). Where the optimizer's parameter groups have a key "max_grad_norm" each is clipped to its own
+              (`adaclip.clipping.PerGroupClipping`), and this is left out.
             poisson_sampling: False keeps the loader's own shuffled batches, and the accountant then
               books one full-batch release an epoch: no amplification by sampling (with a warning).
             clipping: a strategy's name or an `adaclip.clipping` object (which is copied: read the one at
@@ -146,7 +147,7 @@ class PrivacyEngine:
         arguments.check_single_process()
         arguments.check_model(module)
         arguments.check_optimizer(module, optimizer)
-        strategy = make_clipping(clipping, max_grad_norm)
+        strategy = make_clipping(clipping, max_grad_norm, optimizer)
         source = arguments.make_source(noise_generator, self._used_keys)
         loader = arguments.make_loader(
             data_loader,
@@ -175,6 +176,7 @@ class PrivacyEngine:
             tape,
             strategy,
             parameters=trained,
+            param_groups=lambda: optimizer.param_groups,
             batch=batch,
             denominator=loader.expected_batch_size,
             loss_reduction=loss_reduction,
