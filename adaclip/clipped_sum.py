@@ -203,7 +203,8 @@ class ClippedSum:
             elif p.grad is not made[0] or p.grad._version != made[1]:
                 raise RuntimeError(
                     f"the gradient of parameter {self._name_of(p)} was changed between backward() and step(): "
-                    "the noise would no longer cover it"
+                    "the noise would no longer cover it. Leave out what does so (clip_grad_norm_, a trainer's "
+                    "gradient clipping, scaling by hand): gradients are clipped already, one sample at a time"
                 )
 
     def check_rows(self) -> None:
@@ -286,8 +287,9 @@ class ClippedSum:
         if self._step != info.step:
             if self._made and self._complete:
                 raise RuntimeError(
-                    "gradients of two logical batches would be added up: call optimizer.step() for each, and "
-                    "pass max_batch_size to make_private to split a large logical batch"
+                    "gradients of two logical batches would be added up: call optimizer.step() after every batch of "
+                    "the loader (it acts on the last part of a logical batch only). To accumulate gradients, give the "
+                    "DataLoader a batch_size that many times larger, and make_private max_batch_size, the old one"
                 )
             self.reset()
             self._step = info.step

@@ -28,6 +28,7 @@ from adaclip.planning import calibrate_schedule, planned_events, planned_release
 from adaclip.sampler import PoissonLoader
 from adaclip.schedules import Schedule, check_schedule
 from adaclip.smoothing import EvaluationPoint, SmoothedLoss
+from adaclip.update import PrivateStepOnly
 
 __all__ = ["PrivacyEngine"]
 
@@ -62,7 +63,7 @@ class PrivacyEngine:
         self.accountant: Accountant = create_accountant(accountant, adjacency or "add_remove")
         self._adjacency = adjacency
         self._module: nn.Module | None = None
-        self._replaced: list[ReplacedForward] = []
+        self._replaced: list[ReplacedForward | PrivateStepOnly] = []
         self._optimizer: DPOptimizer | None = None
         self._loader: PoissonLoader | EpochLoader | None = None
         self._budget: Budget | None = None
@@ -205,7 +206,9 @@ class PrivacyEngine:
         # Made last: the root may be a layer itself, and then counts around its adapter.
         root = RootForward(module, tape, nullcontext if point is None else point.away)
         root.attach()
-        self._replaced = [root, *layers]
+        guard = PrivateStepOnly(optimizer)
+        guard.attach()
+        self._replaced = [root, *layers, guard]
         if point is not None:
             point.attach(module)
             loader.on_batch = self._optimizer.note_batch

@@ -253,7 +253,10 @@ def test_a_changed_norm_counts_from_the_next_logical_batch_on():
 
 def test_a_group_that_is_added_later():
     model = small_model()
-    body, head = [p for n, p in model.named_parameters() if not n.startswith("4.")], list(model[4].parameters())
+    body, head = (
+        [p for n, p in model.named_parameters() if not n.startswith("4.")],
+        list(model[4].parameters()),
+    )
     for p in head:
         p.requires_grad_(False)
     optimizer = torch.optim.SGD([{"params": body, "max_grad_norm": 0.5}], lr=0.1)
@@ -294,7 +297,7 @@ def test_a_parameter_smuggled_into_a_logical_batch_is_refused():
     x, y = next(iter(loader))
     square_loss(model(x), y).backward()
     optimizer.original_optimizer.add_param_group({"params": [model[4].bias], "max_grad_norm": 1.0})
-    with pytest.raises(RuntimeError, match="within a logical batch|not clipped"):
+    with pytest.raises(RuntimeError, match="within a logical batch"):
         optimizer.step()
     assert len(engine.accountant) == 0
 
@@ -355,12 +358,11 @@ def test_a_checkpoint_of_other_norms_is_refused(tmp_path):
     same, other = private_groups(), private_groups(norms=(0.3, 1.0, 0.06))
     with pytest.raises(ValueError, match=r"0\.06"):
         other[0].load_checkpoint(tmp_path / "c", module=other[1], optimizer=other[2])
+    made = small_model()
+    plain = torch.optim.SGD([{"params": params} for params in split(made)], lr=0.1)
+    engine, model_of_one_norm, optimizer_of_one_norm, _ = private(made, optimizer=plain)
     with pytest.raises(ValueError, match="per_group"):
-        flat_engine, flat_model, flat_optimizer, _ = private(
-            (made := small_model()),
-            optimizer=torch.optim.SGD([{"params": p} for p in split(made)], lr=0.1),
-        )
-        flat_engine.load_checkpoint(tmp_path / "c", module=flat_model, optimizer=flat_optimizer)
+        engine.load_checkpoint(tmp_path / "c", module=model_of_one_norm, optimizer=optimizer_of_one_norm)
     same[0].load_checkpoint(tmp_path / "c", module=same[1], optimizer=same[2])
     assert torch.equal(flat(same[1]), flat(model))
     train(*same[1:])
@@ -370,7 +372,11 @@ def test_a_checkpoint_of_other_norms_is_refused(tmp_path):
     ("norms", "options", "message"),
     [
         ((1.0, None, 1.0), {}, r"param_groups\[1\] has none"),
-        ((1.0, -1.0, 1.0), {}, r"param_groups\[1\]\['max_grad_norm'\] must be a positive finite number, got -1.0"),
+        (
+            (1.0, -1.0, 1.0),
+            {},
+            r"param_groups\[1\]\['max_grad_norm'\] must be a positive finite number, got -1.0",
+        ),
         ((1.0, True, 1.0), {}, "must be a positive"),
         (NORMS, {"max_grad_norm": 1.0}, "max_grad_norm must be left out"),
         (NORMS, {"clipping": "adaptive"}, "clipping must be 'flat', 'per_group'.*got 'adaptive'"),

@@ -14,6 +14,7 @@ from adaclip.clipping.per_layer import check_allocation
 
 __all__ = ["PerGroupClipping", "has_norms", "norms_of"]
 
+
 def has_norms(optimizer: torch.optim.Optimizer) -> bool:
     """Whether parameter groups of it carry a clipping norm.
 
