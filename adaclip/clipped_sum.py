@@ -198,7 +198,8 @@ class ClippedSum:
             elif made is None:
                 raise RuntimeError(
                     f"parameter {self._name_of(p)} holds a gradient that was not clipped: it was used outside "
-                    "its module's forward, or trained in evaluation mode (call model.train() first)"
+                    "its module's forward, trained in evaluation mode (call model.train() first), or unfrozen in a "
+                    "module of your own that has parameters itself (detach the model, then make_private again)"
                 )
             elif p.grad is not made[0] or p.grad._version != made[1]:
                 raise RuntimeError(

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
@@ -158,6 +158,7 @@ def test_fix_is_idempotent():
     )
 
 
+@settings(deadline=None)
 @given(channels=st.integers(1, 600))
 def test_groups_divide_the_channels(channels):
     norm = fix(nn.BatchNorm2d(channels))
