@@ -9,7 +9,7 @@ from pretrained_models import BasicBlock, BatchNormAct2d, ConvNeXt, MobileNet, R
 from small_engine import batch_of, data, flat, private, train
 from torch import nn
 
-from adaclip import PrivacyEngine, UnsupportedModuleError, fix, validate
+from adaclip import UnsupportedModuleError, fix, validate
 from adaclip.layers import FrozenBatchNorm
 from adaclip.testing import clipped_sum, private_step, relative_error, sample_grads, square_loss
 
@@ -21,11 +21,11 @@ def freeze_batch_norm(model):
     return model
 
 
-def check_step(model, views=1, **options):
+def check_step(model):
     """The engine's clipped sum is a loop's over samples, with the model as it is."""
     reference = copy.deepcopy(model)
     x, y = data(6)
-    sums, norms = private_step(model, x, y, square_loss, max_grad_norm=0.5, **options)
+    sums, norms = private_step(model, x, y, square_loss, max_grad_norm=0.5)
     grads = sample_grads(reference, x, y, square_loss)
     truth = clipped_sum(grads, 0.5)
     assert sums.keys() == truth.keys()
@@ -224,14 +224,11 @@ def test_a_frozen_batch_norm_stays_frozen_whatever_train_says(norm):
     kept = statistics(model)
     for _ in range(2):
         model.train()
-        x, y = batch_of(loader)
+        x, _ = batch_of(loader)
         reference.load_state_dict(model.state_dict())
         torch.testing.assert_close(model(x), reference(x))
         train(model, optimizer, loader)
     assert_equal(statistics(model), kept)
-    model.eval()
-    x, _ = data(5)
-    torch.testing.assert_close(model(x), model(x[:1].expand_as(x))[:1].expand(5, -1) * 0 + model(x))
     engine.detach(model)
     model.train()(x)
     assert not torch.equal(model.bn1.running_mean, kept[0])
@@ -317,5 +314,3 @@ def test_a_frozen_batch_norm_is_a_batch_norm_in_evaluation():
     assert "num_batches_tracked" not in frozen.state_dict()
     assert repr(frozen) == "FrozenBatchNorm(8, eps=1e-05, affine=True)"
     assert list(FrozenBatchNorm(8, affine=False).parameters()) == []
-    engine = PrivacyEngine()
-    assert engine.accountant.history == []
