@@ -20,6 +20,7 @@ from adaclip.budget import Budget
 from adaclip.clipped_sum import ClippedSum
 from adaclip.clipping import Clipping, make_clipping
 from adaclip.epochs import EpochLoader
+from adaclip.errors import PrivacyBudgetExceeded
 from adaclip.groups import LabelGroups
 from adaclip.layers import ReplacedForward, RootForward, Tape, build_layers
 from adaclip.noise import NoiseSource
@@ -334,6 +335,26 @@ class PrivacyEngine:
         """
         return self.accountant.get_epsilon(delta)
 
+    def can_step(self) -> bool:
+        """Whether the budget, if there is one, leaves room for the next `optimizer.step()`."""
+        loader, optimizer = self._loader, self._optimizer
+        if self._budget is None or loader is None:
+            return True
+        if isinstance(loader, EpochLoader) and self._booked_epoch is not None and loader.current is not None:
+            if self._booked_epoch[0] == loader.current.epoch:
+                return True
+        schedule = optimizer.noise_schedule
+        sigma = optimizer.base_noise_multiplier * (1.0 if schedule is None else schedule(optimizer.releases))
+        try:
+            self._budget.check(self.accountant.ledger, self._release(sigma))
+        except PrivacyBudgetExceeded:
+            return False
+        return True
+
+    def _release(self, sigma: float) -> SubsampledGaussian:
+        sampling = "shuffled" if isinstance(self._loader, EpochLoader) else "poisson"
+        return SubsampledGaussian(self._loader.sample_rate, sigma, sampling)
+
     def _book(self, optimizer: DPOptimizer, info: BatchInfo | None) -> None:
         """Book one release, or raise PrivacyBudgetExceeded with nothing booked."""
         loader = self._loader
@@ -354,8 +375,7 @@ class PrivacyEngine:
                 )
             if info.epoch == epoch:
                 return
-        sampling = "shuffled" if isinstance(loader, EpochLoader) else "poisson"
-        release = SubsampledGaussian(loader.sample_rate, sigma, sampling)
+        release = self._release(sigma)
         if self._budget is not None:
             self._budget.check(self.accountant.ledger, release)
         self.accountant.add(release)
