@@ -337,12 +337,14 @@ class PrivacyEngine:
 
     def can_step(self) -> bool:
         """Whether the budget, if there is one, leaves room for the next `optimizer.step()`."""
-        loader, optimizer = self._loader, self._optimizer
-        if self._budget is None or loader is None:
+        optimizer = self._optimizer
+        if self._budget is None or optimizer is None:
             return True
-        if isinstance(loader, EpochLoader) and self._booked_epoch is not None and loader.current is not None:
-            if self._booked_epoch[0] == loader.current.epoch:
-                return True
+        batch = optimizer.batch
+        in_epochs = isinstance(self._loader, EpochLoader) and self._booked_epoch is not None
+        if in_epochs and batch is not None and batch.epoch == self._booked_epoch[0]:
+            # The rest of an epoch that was booked is free.
+            return True
         schedule = optimizer.noise_schedule
         sigma = optimizer.base_noise_multiplier * (1.0 if schedule is None else schedule(optimizer.releases))
         try:

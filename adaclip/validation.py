@@ -172,7 +172,7 @@ def fix(model: nn.Module, *, batch_norm: str = "group") -> nn.Module:
           not be normalized at all.
 
           Test accuracy of small ResNets trained on MNIST / CIFAR-10 for 1 to 3 minutes, before any fine-tuning:
-          BatchNorm, and "frozen", 94.1 / 57.5 %; "group" 86.7 / 47.8 % (of 4 channels each it would have been 75.0 /
+          BatchNorm, and "frozen", 94.1 / 57.5 %; "group" 85.6 / 47.8 % (of 4 channels each it would have been 75.0 /
           34.6 %); GroupNorm with the weights as they are 18.9 / 15.5 %.
 
     Privacy: both put the running statistics into the model, and nothing protects the examples that they were computed

@@ -9,7 +9,9 @@ import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
 from adaclip.engine import PrivacyEngine
+from adaclip.epochs import EpochLoader
 from adaclip.integrations.state import PrivacyState
+from adaclip.sampler import PoissonLoader
 
 __all__ = ["PrivateTraining"]
 
@@ -42,7 +44,7 @@ class PrivateTraining(pl.Callback):
     Raises (when `fit` begins, with nothing changed):
         ValueError: the trainer does what private training cannot have: gradient clipping of its own,
           accumulate_grad_batches, a gradient scaler, several processes or optimizers; or the loader did not come through
-          `loader`. The errors of `make_private`.
+          `loader`, or ckpt_path was saved without the callback. The errors of `make_private`.
     """
 
     def __init__(self, engine: PrivacyEngine | None = None, *, delta: float | None = None, **options: Any):
@@ -51,10 +53,13 @@ class PrivateTraining(pl.Callback):
         self._options = options
         self._loader: _Loader | None = None
         self._saved: dict[str, Any] | None = None
+        self._last: dict[str, Any] = {}
 
     def loader(self, data_loader: DataLoader) -> _Loader:
         """What to give to `Trainer.fit`, or to return from `train_dataloader`, in the place of an ordinary loader."""
-        self._loader = _Loader(data_loader, sized=self._options.get("max_batch_size") is None)
+        whole = self._options.get("max_batch_size") is None and self._options.get("pad_to") is None
+        poisson = self._options.get("poisson_sampling", True)
+        self._loader = _Loader(data_loader, poisson=poisson, sized=whole)
         return self._loader
 
     # --- the trainer's hooks -----------------------------------------------------------------------
@@ -74,9 +79,9 @@ class PrivateTraining(pl.Callback):
         for config in trainer.lr_scheduler_configs:
             if config.interval == "step":
                 config.scheduler = _LogicalSteps(config.scheduler, made)
-        if self._saved is not None:
+        if trainer.ckpt_path is not None:
             PrivacyState(self.engine).load_state_dict(self._saved)
-            self._saved = None
+        self._saved = None
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         self._loader.private.take_up()
@@ -101,17 +106,18 @@ class PrivateTraining(pl.Callback):
         self._give_back(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        if self._loader is None or self._loader.private is None:
-            return {}
-        return {"privacy": PrivacyState(self.engine).state_dict()}
+        attached = self._loader is not None and self._loader.private is not None
+        return PrivacyState(self.engine).state_dict() if attached else self._last
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._saved = state_dict.get("privacy")
+        self._saved = state_dict
 
     # --- helpers -----------------------------------------------------------------------------------
 
     def _give_back(self, pl_module: pl.LightningModule) -> None:
         if self._loader is not None and self._loader.private is not None:
+            # For who saves a checkpoint when `fit` has ended.
+            self._last = self.state_dict()
             self._loader.private = None
             self.engine.detach(pl_module)
 
@@ -119,6 +125,11 @@ class PrivateTraining(pl.Callback):
         if self._loader is None:
             raise ValueError(
                 "the train loader must come through the callback: trainer.fit(model, private.loader(train_loader))"
+            )
+        if trainer.ckpt_path is not None and not self._saved:
+            raise ValueError(
+                f"{trainer.ckpt_path} was saved without this callback, so what its parameters have cost is unknown. To "
+                "start from public weights, load them (load_from_checkpoint) and call fit without ckpt_path"
             )
         if len(trainer.optimizers) != 1:
             raise ValueError(f"configure_optimizers must make one optimizer, got {len(trainer.optimizers)}")
@@ -141,23 +152,30 @@ class PrivateTraining(pl.Callback):
 
 
 class _Loader:
-    """An ordinary loader until `fit` begins, and the private one from then on."""
+    """An ordinary loader until `fit` begins, and the private one from then on.
 
-    def __init__(self, plain: DataLoader, sized: bool):
+    The trainer may ask for its length, and for an iterator, before the optimizer is made (estimated_stepping_batches
+    does), but for no batch.
+    """
+
+    def __init__(self, plain: DataLoader, *, poisson: bool, sized: bool):
         self.plain, self.private, self._sized = plain, None, sized
+        # Poisson batches have a number of their own to an epoch.
+        self._length = len((PoissonLoader.from_data_loader if poisson else EpochLoader)(plain))
 
     def __iter__(self) -> Iterator[Any]:
-        # Not a generator of the plain loader: the trainer must not get a batch that is not private.
         if self.private is None:
             raise RuntimeError(
-                "this loader gives batches within Trainer.fit only, with its callback among the trainer's"
+                "this loader gives batches within Trainer.fit only, with its callback among the trainer's. Where it is "
+                "estimated_stepping_batches that asked: with max_batch_size that number is unknown, and schedulers "
+                "count len(data_loader) steps an epoch"
             )
-        return iter(self.private)
+        yield from self.private
 
     def __len__(self) -> int:
         if not self._sized:
             raise TypeError("how many parts the logical batches have is not known beforehand")
-        return len(self.plain if self.private is None else self.private)
+        return self._length
 
 
 class _LogicalSteps:
