@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from adaclip import ops
 from adaclip.batches import BatchInfo
-from adaclip.clipping import Clipping, Setting
+from adaclip.clipping import NORM_KEY, Clipping, Setting
 from adaclip.groups import LabelGroups
 from adaclip.layers import Layer, Part, Tape, part_from_samples
 from adaclip.step_release import Statistics
@@ -90,6 +90,9 @@ class ClippedSum:
             backend=backend,
             param_groups=param_groups,
         )
+        # An optimizer's own hyper-parameter may have that name.
+        self._param_groups = param_groups
+        self._with_norms = any(NORM_KEY in group for group in param_groups())
         groups_of_clipping = clipping.bind(setting)
         self._group_of: dict[nn.Parameter, int] = {}
         for k, layer in enumerate(trained):
@@ -138,6 +141,11 @@ class ClippedSum:
     def begin(self) -> None:
         """Fix the thresholds of the logical batch in hand; nothing if that is done."""
         if self._thresholds is None:
+            if not self._with_norms and any(NORM_KEY in group for group in self._param_groups()):
+                raise ValueError(
+                    f"a parameter group was given a {NORM_KEY!r} after make_private, which clips by "
+                    f"{self.clipping.name!r}: give every group its own norm before it"
+                )
             self.clipping.begin(self.release)
             self._thresholds = self.clipping.thresholds, self.clipping.thresholds._version
 

@@ -173,7 +173,9 @@ def fix(model: nn.Module, *, batch_norm: str = "group") -> nn.Module:
 
           Test accuracy of small ResNets trained on MNIST / CIFAR-10 for 1 to 3 minutes, before any fine-tuning:
           BatchNorm, and "frozen", 94.1 / 57.5 %; "group" 85.6 / 47.8 % (of 4 channels each it would have been 75.0 /
-          34.6 %); GroupNorm with the weights as they are 18.9 / 15.5 %.
+          34.6 %); GroupNorm with the weights as they are 18.9 / 15.5 %. After 30 private steps (256 of 8,000 images,
+          noise 1, rate 0.25) from the MNIST network "frozen" 93.8 and "group" 91.3 %; on inverted digits, which its
+          statistics do not fit, 27.5 and 33.0 %.
 
     Privacy: both put the running statistics into the model, and nothing protects the examples that they were computed
     from. They must come from public data, like the weights. A model that has seen private data in training mode:

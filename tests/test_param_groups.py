@@ -398,6 +398,19 @@ def test_what_does_not_fit_is_refused_before_anything_changes(norms, options, me
     assert all("forward" not in m.__dict__ for m in model.modules())
 
 
+def test_norms_that_come_after_make_private_are_refused():
+    engine, model, optimizer, loader = private()
+    optimizer.param_groups[0]["max_grad_norm"] = 0.1
+    x, y = next(iter(loader))
+    with pytest.raises(ValueError, match="after make_private, which clips by 'flat'"):
+        square_loss(model(x), y).backward()
+    with pytest.raises(RuntimeError, match="the last backward failed"):
+        optimizer.step()
+    assert len(engine.accountant) == 0
+    with pytest.raises(ValueError, match="comes later"):
+        optimizer.add_param_group({"params": [torch.zeros(1)], "max_grad_norm": 0.1})
+
+
 def test_an_allocation_of_another_name():
     with pytest.raises(ValueError, match="allocation must be one of"):
         PerGroupClipping("mine")
