@@ -15,6 +15,7 @@ from adaclip.accounting import Accountant, Ledger
 from adaclip.batches import LoaderBase
 from adaclip.budget import Budget
 from adaclip.optimizer import DPOptimizer
+from adaclip.shards import cut, cut_like, is_sharded, whole_state
 
 __all__ = ["VERSION", "Lineage", "check", "collect", "load", "restore", "save"]
 
@@ -73,8 +74,8 @@ def collect(
 ) -> dict[str, Any]:
     """What a checkpoint holds: everything that a run continues from, but the noise key."""
     return {
-        "module": module.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "module": whole_state(dict(module.state_dict())),
+        "optimizer": whole_state(optimizer.state_dict()),
         "accountant": accountant.state_dict(),
         "run": run,
         "kinds": _kinds(optimizer, loader),
@@ -123,9 +124,20 @@ def restore(state: dict[str, Any], module: nn.Module, optimizer: DPOptimizer, lo
         if part is not None:
             part.load_state_dict(state["parts"][name]["state"])
     loader.load_state_dict(state["loader"])
-    optimizer.load_state_dict(state["optimizer"])
-    module.load_state_dict(state["module"])
+    optimizer.load_state_dict(_as_held(state["optimizer"], optimizer))
+    ours = module.state_dict()
+    module.load_state_dict(
+        {k: cut(t, ours[k]) if is_sharded(ours[k]) else t for k, t in state["module"].items()}
+    )
     optimizer.releases = max(optimizer.releases, state["releases"])
+
+
+def _as_held(state: dict[str, Any], optimizer: DPOptimizer) -> dict[str, Any]:
+    """An optimizer's state with its tensors cut as its parameters are."""
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [i for group in state["param_groups"] for i in group["params"]]
+    of = dict(zip(numbers, held, strict=True))
+    return {**state, "state": {i: cut_like(mine, of[i]) for i, mine in state["state"].items()}}
 
 
 class Lineage:

@@ -22,6 +22,8 @@ from adaclip.batches import BatchInfo
 from adaclip.clipping import NORM_KEY, Clipping, Setting
 from adaclip.groups import LabelGroups
 from adaclip.layers import Layer, Part, Tape, part_from_samples
+from adaclip.processes import Processes
+from adaclip.shards import reshard, shared_out
 from adaclip.step_release import Statistics
 
 __all__ = ["ClippedSum", "FixedBatch"]
@@ -47,6 +49,8 @@ class ClippedSum:
     groups, labels: the label groups, if any, and what is called for the labels of the batch in hand.
     views: how many consecutive rows of the model are views of one sample. A sample's gradient is their
       mean, which is what is clipped.
+    processes: those that make the sum together, each of its own samples.
+    sharded: the model whose parameters are cut up among them (`adaclip.shards`), if they are.
 
     Making one changes nothing; `reset` begins its work.
     """
@@ -66,7 +70,11 @@ class ClippedSum:
         groups: LabelGroups | None = None,
         labels: Callable[[], Tensor | None] | None = None,
         views: int = 1,
+        processes: Processes | None = None,
+        sharded: nn.Module | None = None,
     ):
+        self._processes = Processes.alone() if processes is None else processes
+        self._sharded = sharded
         self._layers = layers
         self._tape = tape
         self._parameters = parameters
@@ -238,11 +246,27 @@ class ClippedSum:
                     return f"{layer.name}.{name}" if layer.name else name
         return f"of shape {tuple(parameter.shape)}"
 
+    def combine(self) -> None:
+        """Put the whole logical batch's sums into the place of this process's own; once, before their release.
+
+        Every process calls it at the same point. Raises RuntimeError if one of them was lost.
+        """
+        if self._processes.size == 1:
+            return
+        # Sharded ones were added up as they were made.
+        params = [p for p in self._parameters() if self._sharded is None]
+        for p in params:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        self._processes.add_up([*(p.grad for p in params), self.statistics.sums])
+
     # --- the end of a backward ---------------------------------------------------------------------
 
     def finish(self) -> None:
         """Turn what the backward recorded into factors and add the weighted gradients to `p.grad`."""
         used = [layer for layer in self._layers if layer.slot.uses]
+        if self._sharded is not None:
+            reshard(self._sharded)
         try:
             if not used:
                 raise RuntimeError(
@@ -363,8 +387,13 @@ class ClippedSum:
         else:
             self.sample_norms = norms[:real]
             self.non_finite += (~self.sample_norms.isfinite()).sum()
-        # The largest tensors are released first: the weight gradients take their place.
-        parts.sort(key=lambda kp: kp[1].held)
+        if self._sharded is None:
+            # The largest tensors are released first: the weight gradients take their place.
+            parts.sort(key=lambda kp: kp[1].held)
+        else:
+            # Gradients are added up as they are made, and all processes must make the same ones in one order.
+            parts.reverse()
+            self._processes.agree("backward()", None, [len(parts)])
         while parts:
             k, part = parts.pop()
             for p, grad in part.weigh(factors[k]):
@@ -412,6 +441,8 @@ class ClippedSum:
         return parts
 
     def _add(self, p: nn.Parameter, grad: Tensor) -> None:
+        if self._sharded is not None:
+            grad = shared_out(p, grad)
         if p.grad is None:
             p.grad = grad.detach()
         else:

@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -26,10 +26,15 @@ from adaclip.layers import ReplacedForward, RootForward, Tape, build_layers
 from adaclip.noise import NoiseSource
 from adaclip.optimizer import DPOptimizer
 from adaclip.planning import calibrate_schedule, planned_events, planned_releases, quantized
+from adaclip.processes import Processes
 from adaclip.sampler import PoissonLoader
 from adaclip.schedules import Schedule, check_schedule
+from adaclip.shards import check_shards
 from adaclip.smoothing import EvaluationPoint, SmoothedLoss
 from adaclip.update import PrivateStepOnly
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["PrivacyEngine"]
 
@@ -63,7 +68,9 @@ class PrivacyEngine:
     def __init__(self, accountant: str = "pld", adjacency: str | None = None):
         self.accountant: Accountant = create_accountant(accountant, adjacency or "add_remove")
         self._adjacency = adjacency
+        # As it was given, and without the wrapper that it may have.
         self._module: nn.Module | None = None
+        self._model: nn.Module | None = None
         self._replaced: list[ReplacedForward | PrivateStepOnly] = []
         self._optimizer: DPOptimizer | None = None
         self._loader: PoissonLoader | EpochLoader | None = None
@@ -95,6 +102,7 @@ class PrivacyEngine:
         backend: str = "auto",
         loss_reduction: str = "mean",
         noise_generator: bytes | int | torch.Generator | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> tuple[nn.Module, DPOptimizer, PoissonLoader | EpochLoader]:
         """Return (module, optimizer, loader) for an unchanged training loop.
 
@@ -130,6 +138,11 @@ class PrivacyEngine:
               gradient depend on the others, and the clipping norm mean something else.
             noise_generator: None takes a key from the operating system (the only private choice); a 32-byte key,
               an int or a torch.Generator is for tests and replay (noise repeats where a run is resumed with it).
+            process_group: the processes that train the model together, each calling this (`adaclip.processes`); None:
+              all of torch.distributed's where it is initialized. The model may be wrapped by
+              DistributedDataParallel, sharded by FSDP2's `fully_shard` before the optimizer is made, or neither: then
+              all start from the first process's parameters. The loader's batch_size is that of all processes
+              together, or, with a DistributedSampler, of each.
 
         Raises:
             ValueError, TypeError: an argument is wrong. UnsupportedModuleError: the model cannot be
@@ -137,83 +150,100 @@ class PrivacyEngine:
             changed in either case.
         """
         self._check_free()
-        arguments.check_options(
-            noise_multiplier=noise_multiplier,
-            noise_schedule=noise_schedule,
-            poisson_sampling=poisson_sampling,
-            groups=groups,
-            labels=labels,
-            backend=backend,
-            loss_reduction=loss_reduction,
-        )
-        arguments.check_single_process()
-        arguments.check_model(module)
-        arguments.check_optimizer(module, optimizer)
-        strategy = make_clipping(clipping, max_grad_norm, optimizer)
-        source = arguments.make_source(noise_generator, self._used_keys)
-        loader = arguments.make_loader(
-            data_loader,
-            poisson_sampling,
-            max_batch_size=max_batch_size,
-            pad_to=pad_to,
-            views=views_per_sample,
-            augmentation=augmentation,
-            source=source,
-        )
-        if groups is not None:
-            loader.labels_of = class_labels if labels is None else labels
-        accountant = self._accountant_for(poisson_sampling)
+        processes = Processes(process_group)
+        with processes.together("make_private"):
+            arguments.check_options(
+                noise_multiplier=noise_multiplier,
+                noise_schedule=noise_schedule,
+                poisson_sampling=poisson_sampling,
+                groups=groups,
+                labels=labels,
+                backend=backend,
+                loss_reduction=loss_reduction,
+            )
+            model = arguments.unwrapped(module, processes)
+            arguments.check_model(model)
+            arguments.check_optimizer(model, optimizer, smoothing)
+            sharded = check_shards(model, processes)
+            strategy = make_clipping(clipping, max_grad_norm, optimizer)
+            source = arguments.make_source(noise_generator, self._used_keys)
+        # One key for all, and the first process's.
+        source = processes.share(source)
+        with processes.together("make_private"):
+            loader = arguments.make_loader(
+                data_loader,
+                poisson_sampling,
+                processes,
+                max_batch_size=max_batch_size,
+                pad_to=pad_to,
+                views=views_per_sample,
+                augmentation=augmentation,
+                source=source,
+            )
+            if groups is not None:
+                loader.labels_of = class_labels if labels is None else labels
+            accountant = self._accountant_for(poisson_sampling)
 
-        def batch() -> BatchInfo | None:
-            return loader.current
+            def batch() -> BatchInfo | None:
+                return loader.current
 
-        def trained() -> list[nn.Parameter]:
-            return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+            def trained() -> list[nn.Parameter]:
+                return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
-        # The tape is needed to build the layers, and the layers to build what the tape reports to.
-        tape = Tape(lambda: clipped_sum.finish())
-        layers = build_layers(module, tape, backend)
-        clipped_sum = ClippedSum(
-            layers,
-            tape,
-            strategy,
-            parameters=trained,
-            param_groups=lambda: optimizer.param_groups,
-            batch=batch,
-            denominator=loader.expected_batch_size,
-            loss_reduction=loss_reduction,
-            backend=backend,
-            groups=copy.deepcopy(groups),
-            labels=lambda: loader.labels,
-            views=views_per_sample,
-        )
-        point = EvaluationPoint.needed(optimizer, smoothing, source, backend)
-        self._optimizer = DPOptimizer(
-            optimizer,
-            clipped_sum,
-            noise_multiplier=float(noise_multiplier),
-            expected_batch_size=loader.expected_batch_size,
-            source=source,
-            book=self._book,
-            batch=batch,
-            noise_schedule=noise_schedule,
-            point=point,
-            backend=backend,
-        )
+            # The tape is needed to build the layers, and the layers to build what the tape reports to.
+            tape = Tape(lambda: clipped_sum.finish())
+            layers = build_layers(model, tape, backend)
+            clipped_sum = ClippedSum(
+                layers,
+                tape,
+                strategy,
+                parameters=trained,
+                param_groups=lambda: optimizer.param_groups,
+                batch=batch,
+                denominator=loader.expected_batch_size,
+                loss_reduction=loss_reduction,
+                backend=backend,
+                groups=copy.deepcopy(groups),
+                labels=lambda: loader.labels,
+                views=views_per_sample,
+                processes=processes,
+                sharded=model if sharded else None,
+            )
+            point = EvaluationPoint.needed(optimizer, smoothing, source, backend)
+            private = DPOptimizer(
+                optimizer,
+                clipped_sum,
+                noise_multiplier=float(noise_multiplier),
+                expected_batch_size=loader.expected_batch_size,
+                source=source,
+                book=self._book,
+                batch=batch,
+                noise_schedule=noise_schedule,
+                point=point,
+                backend=backend,
+                processes=processes,
+            )
+        processes.agree_on("make_private", arguments.common(model, private, loader, accountant))
+        if not sharded:
+            processes.start_alike(model)
         clipped_sum.reset()
-        self._loader, self._module, self.accountant = loader, module, accountant
+        self._optimizer, self._loader, self.accountant = private, loader, accountant
+        self._module, self._model = module, model
+        if module is not model:
+            # Its reducer would wait for gradients that never come by its way.
+            self._synced, module.require_backward_grad_sync = module.require_backward_grad_sync, False
         for layer in layers:
             layer.attach()
         # Made last: the root may be a layer itself, and then counts around its adapter.
-        root = RootForward(module, tape, nullcontext if point is None else point.away)
+        root = RootForward(model, tape, nullcontext if point is None else point.away)
         root.attach()
         guard = PrivateStepOnly(optimizer)
         guard.attach()
         self._replaced = [root, *layers, guard]
         if point is not None:
-            point.attach(module)
-            loader.on_batch = self._optimizer.note_batch
-        return module, self._optimizer, loader
+            point.attach(model)
+            loader.on_batch = private.note_batch
+        return module, private, loader
 
     def make_private_with_epsilon(
         self,
@@ -247,7 +277,7 @@ class PrivacyEngine:
         if "noise_multiplier" in options:
             raise TypeError("noise_multiplier must not be given: it is calibrated from target_epsilon")
         # Made once more in make_private: here for its checks, and for how it counts an epoch.
-        planned = (PoissonLoader.from_data_loader if poisson_sampling else EpochLoader)(data_loader)
+        planned = arguments.planned_loader(data_loader, poisson_sampling)
         sampling = "poisson" if poisson_sampling else "shuffled"
         releases = planned_releases(epochs, steps, len(planned), sampling)
         budget = Budget(target_epsilon, target_delta)
@@ -311,6 +341,8 @@ class PrivacyEngine:
             raise RuntimeError("no model is attached to this engine")
         if module is not None and module is not self._module:
             raise ValueError("module must be the one given to make_private")
+        if self._model is not self._module:
+            self._module.require_backward_grad_sync = self._synced
         if self._optimizer.smoothing is not None:
             # First: it raises where a parameter was written to at the evaluation point, and can be called again.
             self._loader.on_batch = None
@@ -321,7 +353,7 @@ class PrivacyEngine:
         self._used_keys += [self._optimizer._source] if self._optimizer.releases else []
         for p in self._module.parameters():
             p.grad = None
-        attached, self._module = self._module, None
+        attached, self._module, self._model = self._module, None, None
         self._replaced, self._optimizer, self._loader, self._booked_epoch = [], None, None, None
         return attached
 
@@ -391,10 +423,16 @@ class PrivacyEngine:
         """Write model, optimizer, thresholds and other released state, ledger and counters to `path`, atomically.
 
         The noise key is not in it: a resumed run draws a new one. `extra`: plain values of your own.
+
+        Of several processes each calls this, and the first one writes. A sharded model is written whole, so that any
+        number of processes can go on from it.
         """
         self._check_attached(module, optimizer)
         here = self._loader, self.accountant, self._budget, self._lineage.run
-        checkpoint.save(path, checkpoint.collect(module, optimizer, *here, extra))
+        state = checkpoint.collect(self._model, optimizer, *here, extra)
+        with optimizer.processes.together("save_checkpoint"):
+            if optimizer.processes.rank == 0:
+                checkpoint.save(path, state)
 
     def load_checkpoint(
         self, path: str | os.PathLike, *, module: nn.Module, optimizer: DPOptimizer
@@ -405,12 +443,16 @@ class PrivacyEngine:
         to another model, optimizer, clipping, groups, smoothing, noise multiplier, schedule or data set.
         """
         self._check_attached(module, optimizer)
-        state = checkpoint.load(path)
-        here = self._loader, self.accountant, self._budget
-        ledger, budget = checkpoint.check(state, module, optimizer, *here)
+        with optimizer.processes.together("load_checkpoint"):
+            state = checkpoint.load(path)
+            here = self._loader, self.accountant, self._budget
+            ledger, budget = checkpoint.check(state, self._model, optimizer, *here)
+        optimizer.processes.agree_on(
+            "load_checkpoint", {"checkpoint": (state.get("run"), state["releases"], ledger.state_dict())}
+        )
         # The sum in hand was clipped to other thresholds, and its parameters are about to change.
         optimizer._sum.reset()
-        checkpoint.restore(state, module, optimizer, self._loader)
+        checkpoint.restore(state, self._model, optimizer, self._loader)
         self._lineage.adopt(self.accountant, state.get("run"), ledger)
         self._budget = budget
         return state["extra"]

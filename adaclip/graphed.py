@@ -119,6 +119,10 @@ class GraphedStep:
         if not isinstance(optimizer, DPOptimizer):
             raise TypeError(f"optimizer must be make_private's, got {type(optimizer).__name__}")
         check_count("warmup", warmup)
+        if optimizer.processes.size > 1:
+            raise ValueError(
+                f"a graphed step is one process's, got an optimizer of {optimizer.processes.size}: use the ordinary loop"
+            )
         self._module, self._optimizer, self._criterion = module, optimizer, criterion
         self._forward = torch.compile(module) if compile else module
         self._warmup = warmup

@@ -189,6 +189,10 @@ class Clipping(ABC):
         backward; more often for the same t if a logical batch is abandoned.
         """
 
+    def agreed(self) -> int:
+        """What stands for the thresholds in force, where the user may set them: the same in all processes, below 2^63."""
+        return 0
+
     def note_noise(self, noise_multiplier: float) -> None:  # noqa: B027
         """The gradient's share sigma_g of the noise multiplier is this from now on. Public; most need it not."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -100,6 +101,9 @@ class PerGroupClipping(Clipping):
                 "whose norms are fixed: call optimizer.step() or optimizer.zero_grad() first"
             )
         return self._group_of[parameter]
+
+    def agreed(self) -> int:
+        return zlib.crc32(repr(self._norms).encode())
 
     def noise_scale(self) -> Tensor:
         """float64 [K]: g_k sqrt(sum_j C_j^2/g_j^2), j over the groups with a parameter that is trained now.

@@ -24,7 +24,7 @@ class PrivacyState:
     def state_dict(self) -> dict[str, Any]:
         engine = self._engine
         here = engine._loader, engine.accountant, engine._budget, engine._lineage.run
-        state = checkpoint.collect(engine._module, engine._optimizer, *here, None)
+        state = checkpoint.collect(engine._model, engine._optimizer, *here, None)
         own = {name: value for name, value in state.items() if name not in ("module", "optimizer", "extra")}
         return {"version": checkpoint.VERSION, **own}
 
@@ -36,7 +36,7 @@ class PrivacyState:
               data set and so on (as `PrivacyEngine.load_checkpoint`).
         """
         engine = self._engine
-        module, optimizer, loader = engine._module, engine._optimizer, engine._loader
+        module, optimizer, loader = engine._model, engine._optimizer, engine._loader
         if state.get("version") != checkpoint.VERSION:
             raise ValueError(
                 f"the privacy state must have version {checkpoint.VERSION}, got {state.get('version')!r}"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from adaclip import ops, reference
 from adaclip.layers.tape import Slot, Tape, Use
+from adaclip.shards import is_sharded
 
 __all__ = [
     "Gradients",
@@ -210,6 +211,8 @@ def as_gradient(p: nn.Parameter, total: Tensor) -> tuple[nn.Parameter, Tensor]:
     sum of them is now rounded once, by at most 2^-8 (bfloat16) or 2^-11 (float16) of each entry.
     """
     total = total.to(p.dtype)
+    if is_sharded(p):
+        return p, total
     if p.device.type != "cpu" and total.stride() != p.stride():
         # GPU libraries have their own order of dimensions; the fused update needs the parameter's.
         total = torch.empty_like(p).copy_(total)

@@ -20,6 +20,8 @@ from adaclip.layers.base import (
     sum_views,
 )
 from adaclip.layers.tape import Use
+from adaclip.layers.ws_conv import standardize
+from adaclip.shards import is_sharded, whole
 
 __all__ = ["ConvLayer", "StandardizedConvLayer"]
 
@@ -100,7 +102,13 @@ class ConvLayer(Layer):
     def _weighted(self, x: Tensor, g: Tensor, factors: Tensor) -> Tensor:
         """`sum_b factors_b dL_b/dweight`, shaped like the weight."""
         weight, geometry = self.module.weight, self._geometry(x.dim() - 2)
-        shaped = weight.detach().reshape(*weight.shape[:2], *geometry["kernel"])
+        # Of a sharded weight the shape is what is left; its values do not matter.
+        like = (
+            torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+            if is_sharded(weight)
+            else weight
+        )
+        shaped = like.detach().reshape(*weight.shape[:2], *geometry["kernel"])
         total = ops.conv_weighted_grad(x, g, factors, shaped, **geometry, backend=self.backend)
         return total.reshape(weight.shape)
 
@@ -188,11 +196,12 @@ class StandardizedConvLayer(ConvLayer):
         folded = super()._fold(Use([x, g], use.forward), views)
         return Use([*folded.tensors, *(sum_views(d, views) for d in dots)], use.forward)
 
-    def _scale(self) -> Tensor:
-        """1/s per output channel [Cout]."""
+    def _values(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(w^, 1/s per output channel [Cout], the bias), of whole parameters where they are sharded."""
         m = self.module
-        w = reference.wide(m.weight.detach())
-        return (w.var(dim=(1, 2, 3), unbiased=False) + m.eps).rsqrt()
+        weight = whole(m.weight)
+        inverse = (reference.wide(weight).var(dim=(1, 2, 3), unbiased=False) + m.eps).rsqrt()
+        return standardize(weight, m.eps), inverse, None if m.bias is None else whole(m.bias)
 
     def _project(self, total: Tensor, standardized: Tensor) -> Tensor:
         """P' s applied to [..., Cout, Cin/groups, kh, kw]."""
@@ -211,8 +220,7 @@ class StandardizedConvLayer(ConvLayer):
         if not output or ops.conv_keeps(x, weight.shape[0], **geometry, backend=self.backend):
             return part_from_samples(self.sample_grads(use, wanted), self.backend)
         dots = output[0]
-        standardized = m.standardized_weight().detach()
-        inverse = self._scale()
+        standardized, inverse, shift = self._values()
         scaled = g * inverse.reshape(-1, *[1] * (g.dim() - 2))
         if x.dtype == torch.bfloat16 and x.device.type != "cpu":
             # In the inputs' dtype, as the kernels want it; its gradients are the ones that are summed.
@@ -220,7 +228,7 @@ class StandardizedConvLayer(ConvLayer):
         rows = _position_sums(g)
         n = weight[0].numel()
         norms = ops.conv_sample_norms(x, scaled, **geometry, keep=False, backend=self.backend)
-        along_weight = dots if bias is None else dots - bias.detach() * rows
+        along_weight = dots if shift is None else dots - shift * rows
         along_weight = (along_weight * inverse).double()
         # Channels and positions are summed in float64: what is taken away below can be larger than
         # what is left.
@@ -235,8 +243,8 @@ class StandardizedConvLayer(ConvLayer):
         unit = ops.conv_output_unit(x)
         if unit:
             missed = unit * norms.magnitudes.sqrt()
-            if bias is not None:
-                spread = scaled.abs().flatten(2).sum(-1, dtype=torch.float64) * bias.detach().double()
+            if shift is not None:
+                spread = scaled.abs().flatten(2).sum(-1, dtype=torch.float64) * shift.double()
                 missed = missed + unit * (spread.square().sum(1) / n).sqrt()
             # Twice what is missed: an error in <w^, G> counts sqrt(2 - |w^|^2/n) times.
             found = ((2 - length) * along_weight.square()).sum(1).div(n).clamp_min(0).sqrt()
@@ -264,7 +272,7 @@ class StandardizedConvLayer(ConvLayer):
     def sample_grads(self, use: Use, wanted: set[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
         grads = super().sample_grads(use, wanted)
         if self.module.weight in grads:
-            inverse = self._scale().reshape(-1, 1, 1, 1)
-            standardized = reference.wide(self.module.standardized_weight().detach())
-            grads[self.module.weight] = self._project(grads[self.module.weight] * inverse, standardized)
+            standardized, inverse, _ = self._values()
+            scaled = grads[self.module.weight] * inverse.reshape(-1, 1, 1, 1)
+            grads[self.module.weight] = self._project(scaled, reference.wide(standardized))
         return grads
