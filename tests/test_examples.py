@@ -1,11 +1,19 @@
 """The scripts of docs/examples run, in a small way."""
 
 import importlib.util
+import io
+import re
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
+from small_engine import data, small_model
+from torch.utils.data import DataLoader, TensorDataset
+
+from adaclip import validate
+from adaclip.testing import square_loss
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 
@@ -48,6 +56,22 @@ def test_fine_tuning():
 def test_every_example_is_run_here():
     here = Path(__file__).read_text()
     assert all(f'"{path.stem}"' in here for path in EXAMPLES.glob("*.py"))
+
+
+def test_the_page_on_training_habits():
+    blocks = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "training.md").read_text(), re.S)
+    x, y = data(40)
+    names = {
+        "model": small_model(),
+        "loader": DataLoader(TensorDataset(x, y), batch_size=10),
+        "criterion": square_loss,
+    }
+    with redirect_stdout(io.StringIO()) as printed:
+        for block in blocks:
+            exec(compile(block, "training.md", "exec"), names)
+    assert "1 (BatchNorm2d) mixes the samples of a batch" in printed.getvalue()
+    assert names["optimizer"].releases == names["scheduler"].last_epoch == 4
+    assert validate(names["tuned"]) == []
 
 
 def test_adaclip_imports_none_of_the_trainers():

@@ -143,21 +143,23 @@ def test_checkpoints_carry_the_ledger(tmp_path):
     inside = tmp_path / "inside.ckpt"
     callback = PrivateTraining(noise_multiplier=1.0)
     made = trainer(callback, SaveAt(inside, 6), epochs=2)
-    made.fit(Lit("epoch"), callback.loader(loader()))
+    made.fit(Lit("step"), callback.loader(loader()))
     saved = torch.load(inside, weights_only=True)["callbacks"]["PrivateTraining"]
     assert saved["releases"] == 6
-    model = Lit("epoch")
+    model = Lit("step")
     resumed, callback = fit(model, epochs=3, noise_multiplier=1.0, ckpt_path=inside)
     # Six steps of the checkpoint, and those that this run made.
     assert len(callback.engine.accountant) == 6 + len(model.batches)
     assert resumed.current_epoch == 3
+    # The scheduler goes on as well.
+    assert model.rates[0] == pytest.approx(0.1 * 0.9**6)
     # After the end as well.
     after = tmp_path / "after.ckpt"
     resumed.save_checkpoint(after)
-    _, callback = fit(Lit("epoch"), epochs=4, noise_multiplier=1.0, ckpt_path=after)
+    _, callback = fit(Lit("step"), epochs=4, noise_multiplier=1.0, ckpt_path=after)
     assert len(callback.engine.accountant) == 6 + len(model.batches) + 4
     with pytest.raises(ValueError, match=r"noise_multiplier must be the checkpoint's 1\.0, got 2.0"):
-        fit(Lit("epoch"), epochs=3, noise_multiplier=2.0, ckpt_path=inside)
+        fit(Lit("step"), epochs=3, noise_multiplier=2.0, ckpt_path=inside)
 
 
 def test_a_checkpoint_without_a_ledger_is_refused(tmp_path):
