@@ -71,10 +71,10 @@ class PerGroupClipping(Clipping):
         if setting.param_groups is None:
             raise ValueError("per-group clipping needs the optimizer's parameter groups")
         self._param_groups: Callable[[], list[dict[str, Any]]] = setting.param_groups
-        norms = norms_of(self._param_groups())
-        self.thresholds = torch.tensor(norms, dtype=torch.float64, device=setting.device)
+        self._norms: list[float] = []
+        self.thresholds = torch.zeros(0, dtype=torch.float64, device=setting.device)
         self._read()
-        return len(norms)
+        return len(self._norms)
 
     def check_groups(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
         norms_of(groups)
@@ -84,15 +84,19 @@ class PerGroupClipping(Clipping):
 
     def _read(self) -> None:
         groups = self._param_groups()
-        self._norms = norms_of(groups)
+        norms = norms_of(groups)
         self._group_of: dict[nn.Parameter, int] = {
             p: k for k, group in enumerate(groups) for p in group["params"]
         }
-        norms = torch.tensor(self._norms, dtype=torch.float64)
+        if norms == self._norms:
+            return
+        self._norms = norms
+        made = torch.tensor(norms, dtype=torch.float64)
         if len(norms) == len(self.thresholds):
-            self.thresholds.copy_(norms)
+            # In place: a captured graph reads them there.
+            self.thresholds.copy_(made)
         else:
-            self.thresholds = norms.to(self.thresholds.device)
+            self.thresholds = made.to(self.thresholds.device)
 
     def group_of(self, parameter: nn.Parameter) -> int:
         if parameter not in self._group_of:
