@@ -43,10 +43,10 @@ gpu:
 	$(GPU_PYTHON) -m bench.gpu $(ARGS)
 
 # In tests/: the folder above would hide an installed adaclip behind its sources. Without torch's cache of memory every
-# tensor is an allocation of its own, whose ends memcheck knows.
+# tensor is an allocation of its own, whose ends memcheck knows. Without a GPU or the kernels it fails, and skips nothing.
 sanitize-gpu:
 	cd tests && for tool in memcheck racecheck synccheck; do \
-		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+		ADACLIP_NEEDS_CUDA=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
 			$(GPU_PYTHON) -m pytest -p no:cacheprovider test_cuda_kernels.py || exit 1; \
 	done
 

@@ -100,6 +100,11 @@ def unwrapped(module: nn.Module, processes: Processes) -> nn.Module:
 
 
 def check_model(module: nn.Module) -> None:
+    if _of_opacus(module):
+        raise TypeError(
+            f"module must be the model itself, got Opacus's {type(module).__name__} around it: pass "
+            "module.to_standard_module(), or make the model anew"
+        )
     if any(isinstance(m.__dict__.get("forward"), ReplacedForward) for m in module.modules()):
         raise ValueError("module is trained by another engine already: detach it there first")
     problems = validate(module)
@@ -107,11 +112,21 @@ def check_model(module: nn.Module) -> None:
         raise UnsupportedModuleError("module cannot be trained privately as it is: " + "; ".join(problems))
 
 
+def _of_opacus(thing: object) -> bool:
+    # By name: it need not be installed.
+    return any(kind.__module__.partition(".")[0] == "opacus" for kind in type(thing).__mro__)
+
+
 def check_optimizer(
     module: nn.Module, optimizer: torch.optim.Optimizer, smoothing: SmoothedLoss | None
 ) -> None:
     if isinstance(optimizer, DPOptimizer):
         raise TypeError("optimizer must be an ordinary torch optimizer, got one that is private already")
+    if _of_opacus(optimizer):
+        raise TypeError(
+            f"optimizer must be an ordinary torch optimizer, got Opacus's {type(optimizer).__name__} around one: pass "
+            "optimizer.original_optimizer"
+        )
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     wrapped = [optimizer.__dict__.get(name) for name in ("optimizer", "_optimizer")]
@@ -172,11 +187,13 @@ def make_loader(
     return loader
 
 
-def planned_loader(data_loader: DataLoader, poisson_sampling: bool) -> PoissonLoader | EpochLoader:
+def planned_loader(
+    data_loader: DataLoader, poisson_sampling: bool, **options: Any
+) -> PoissonLoader | EpochLoader:
     """A private loader that only says how data are sampled, whatever process this is."""
     if not poisson_sampling:
-        return EpochLoader(data_loader)
-    return PoissonLoader.from_data_loader(data_loader, source=NoiseSource())
+        return EpochLoader(data_loader, **options)
+    return PoissonLoader.from_data_loader(data_loader, source=NoiseSource(), **options)
 
 
 def common(

@@ -17,7 +17,7 @@ from adaclip.budget import Budget
 from adaclip.optimizer import DPOptimizer
 from adaclip.shards import cut, cut_like, is_sharded, whole_state
 
-__all__ = ["VERSION", "Lineage", "check", "collect", "load", "restore", "save"]
+__all__ = ["VERSION", "Lineage", "check", "check_module", "collect", "load", "restore", "save"]
 
 VERSION = 3
 
@@ -102,7 +102,7 @@ def check(
 
     budget: that of the run it is loaded into, which goes before the checkpoint's own.
     """
-    _check_module(state["module"], module)
+    check_module(state["module"], module)
     _check_kinds(state["kinds"], _kinds(optimizer, loader))
     ledger = Ledger.from_state_dict(state["accountant"])
     _check_kinds({"adjacency": ledger.adjacency}, {"adjacency": accountant.adjacency})
@@ -180,7 +180,7 @@ def _parts(optimizer: DPOptimizer) -> dict[str, Any]:
     }
 
 
-def _check_module(saved: dict[str, torch.Tensor], module: nn.Module) -> None:
+def check_module(saved: dict[str, torch.Tensor], module: nn.Module) -> None:
     """Raise ValueError unless `saved` fits the module exactly, tensor by tensor."""
     ours = module.state_dict()
     missing, unknown = sorted(ours.keys() - saved.keys()), sorted(saved.keys() - ours.keys())

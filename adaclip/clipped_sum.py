@@ -87,12 +87,13 @@ class ClippedSum:
         self.clipping = clipping
         self.groups = groups
         wanted = set(parameters())
-        trained = [layer for layer in layers if wanted.intersection(layer.trainable())]
+        if clipping.per_parameter:
+            blocks = [[p] for p in dict.fromkeys(parameters())]
+        else:
+            blocks = [layer.parameters() for layer in layers if wanted.intersection(layer.trainable())]
         setting = Setting(
-            layers=len(trained),
-            parameters=tuple(
-                sum(p.numel() for p in wanted.intersection(layer.trainable())) for layer in trained
-            ),
+            layers=len(blocks),
+            parameters=tuple(sum(p.numel() for p in wanted.intersection(block)) for block in blocks),
             expected_batch_size=denominator,
             device=next(iter(parameters())).device,
             backend=backend,
@@ -103,8 +104,8 @@ class ClippedSum:
         self._with_norms = any(NORM_KEY in group for group in param_groups())
         groups_of_clipping = clipping.bind(setting)
         self._group_of: dict[nn.Parameter, int] = {}
-        for k, layer in enumerate(trained):
-            for p in layer.parameters():
+        for k, block in enumerate(blocks):
+            for p in block:
                 self._group_of.setdefault(p, k if groups_of_clipping > 1 else 0)
         sides = [] if clipping.side is None else [clipping.side]
         if groups is not None:
@@ -159,7 +160,7 @@ class ClippedSum:
 
     @property
     def begun(self) -> bool:
-        """Whether the thresholds of the logical batch in hand are fixed already."""
+        """Whether the thresholds of the logical batch in hand are fixed: something may have been clipped to them."""
         return self._thresholds is not None
 
     def open(self, info: BatchInfo) -> None:
@@ -420,15 +421,17 @@ class ClippedSum:
         owners = Counter(p for layer in used for p in layer.trainable())
         for layer in used:
             mine = wanted.intersection(layer.trainable())
-            groups = {self.group_of(p) for p in mine}
+            # In the layer's order, the same in every process: a set's is not.
+            groups: dict[int, set[nn.Parameter]] = {}
+            for p in layer.trainable():
+                if p in mine:
+                    groups.setdefault(self.group_of(p), set()).add(p)
             # One after the other: the same uses with views as positions take memory of their own.
             uses = [layer.fold(use, self._views) for use in layer.slot.uses]
             layer.slot.uses.clear()
             whole = layer.merge(uses)
             if whole is not None and all(owners[p] == 1 for p in mine):
-                # A layer's parameters may be in several groups: no weight decay for biases, say.
-                for k in sorted(groups):
-                    parts.append((k, layer.measure(whole, {p for p in mine if self.group_of(p) == k})))
+                parts += [(k, layer.measure(whole, own)) for k, own in groups.items()]
             elif mine:
                 # Used twice, or shared: the sample's gradient is the sum over uses, and the norm of a
                 # sum needs the summands themselves.

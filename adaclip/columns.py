@@ -56,7 +56,7 @@ class TensorColumns:
             return cls(tuple(dataset), type(dataset))
         index = None
         while type(dataset) is Subset:
-            outer = torch.as_tensor(dataset.indices, dtype=torch.int64)
+            outer = torch.as_tensor(dataset.indices, dtype=torch.int64, device="cpu")
             if bool((outer < 0).any()):
                 return None
             index = outer if index is None else outer[index]

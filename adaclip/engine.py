@@ -65,6 +65,11 @@ class PrivacyEngine:
           for shuffled ones, for which add_remove has no guarantee.
     """
 
+    # What `adaclip.opacus` puts in their place.
+    _optimizer_class: type[DPOptimizer] = DPOptimizer
+    _make_loader = staticmethod(arguments.make_loader)
+    _planned_loader = staticmethod(arguments.planned_loader)
+
     def __init__(self, accountant: str = "pld", adjacency: str | None = None):
         self.accountant: Accountant = create_accountant(accountant, adjacency or "add_remove")
         self._adjacency = adjacency
@@ -170,7 +175,7 @@ class PrivacyEngine:
         # One key for all, and the first process's.
         source = processes.share(source)
         with processes.together("make_private"):
-            loader = arguments.make_loader(
+            loader = self._make_loader(
                 data_loader,
                 poisson_sampling,
                 processes,
@@ -210,7 +215,7 @@ class PrivacyEngine:
                 sharded=model if sharded else None,
             )
             point = EvaluationPoint.needed(optimizer, smoothing, source, backend)
-            private = DPOptimizer(
+            private = self._optimizer_class(
                 optimizer,
                 clipped_sum,
                 noise_multiplier=float(noise_multiplier),
@@ -277,7 +282,7 @@ class PrivacyEngine:
         if "noise_multiplier" in options:
             raise TypeError("noise_multiplier must not be given: it is calibrated from target_epsilon")
         # Made once more in make_private: here for its checks, and for how it counts an epoch.
-        planned = arguments.planned_loader(data_loader, poisson_sampling)
+        planned = self._planned_loader(data_loader, poisson_sampling)
         sampling = "poisson" if poisson_sampling else "shuffled"
         releases = planned_releases(epochs, steps, len(planned), sampling)
         budget = Budget(target_epsilon, target_delta)

@@ -230,6 +230,7 @@ class PoissonLoader(LoaderBase):
         cls,
         data_loader: DataLoader,
         *,
+        sample_rate: float | None = None,
         max_batch_size: int | None = None,
         pad_to: int | str | None = None,
         views: int = 1,
@@ -241,7 +242,7 @@ class PoissonLoader(LoaderBase):
     ) -> PoissonLoader:
         """Return a Poisson loader with the data set, rate, collation and workers of `data_loader`.
 
-        ``sample_rate = batch_size / len(dataset)``; `shuffle` and `drop_last` no longer mean anything. A
+        ``sample_rate = batch_size / len(dataset)`` unless it is given; `shuffle` and `drop_last` no longer mean anything. A
         `DistributedSampler` gives rank and world size, and then `batch_size` counts per process
         (``sample_rate = batch_size * world_size / len(dataset)``).
 
@@ -268,7 +269,7 @@ class PoissonLoader(LoaderBase):
             rank, world_size = theirs
             batch *= world_size
             _log.info("rank %d of %d taken from the DistributedSampler", rank, world_size)
-        if batch > size:
+        if sample_rate is None and batch > size:
             raise ValueError(
                 f"data_loader.batch_size must be at most the size of the data set, got {batch} > {size}"
             )
@@ -278,7 +279,7 @@ class PoissonLoader(LoaderBase):
             dataset = Subset(dataset, range(size))
         return cls(
             dataset,
-            sample_rate=batch / size,
+            sample_rate=batch / size if sample_rate is None else sample_rate,
             max_batch_size=max_batch_size,
             pad_to=pad_to,
             views=views,

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from two_processes import run
 
 from adaclip import PrivacyEngine
-from adaclip.clipping import AdaptiveClipping, DCSGDClipping
+from adaclip.clipping import AdaptiveClipping, DCSGDClipping, PerLayerClipping
 from adaclip.groups import LabelGroups
 from adaclip.processes import Processes
 from adaclip.smoothing import NoiseCorrectedNadam, SmoothedLoss
@@ -55,6 +55,7 @@ CASES = {
     "adaptive": (6, {"clipping": AdaptiveClipping(sigma_b=4.0)}),
     "per layer": (3, {"clipping": "per_layer"}),
     "parameter groups": (3, {"optimizer": two_groups}),
+    "per parameter": (3, {"clipping": PerLayerClipping(1.0, per_parameter=True)}),
     "histogram": (4, {"clipping": DCSGDClipping(sigma_h=8.0)}),
     "label groups": (3, {"groups": LabelGroups("select", groups=3)}),
     "few samples": (6, {"batch_size": 1}),

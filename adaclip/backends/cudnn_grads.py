@@ -152,8 +152,11 @@ def _precision(kind: str, x: Tensor) -> str:
     """ "tf32" or "ieee": how torch multiplies float32 on that device now; "conv" or "matmul"."""
     if x.device.type != "cuda":
         return "ieee"
-    settings = torch.backends.cudnn.conv if kind == "conv" else torch.backends.cuda.matmul
-    return "tf32" if settings.fp32_precision == "tf32" else "ieee"
+    cudnn, cublas = torch.backends.cudnn, torch.backends.cuda.matmul
+    settings = [cudnn.conv if kind == "conv" else cublas]
+    if kind == "conv" and not cudnn.enabled:
+        settings.append(cublas)  # by which torch's own convolution multiplies
+    return "tf32" if any(s.fp32_precision == "tf32" for s in settings) else "ieee"
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from adaclip import reference
 from adaclip.backends import choice, cpp, cudnn_grads
+from adaclip.backends.current import current, on_its_device
 from adaclip.backends.planes import as_planes
 from adaclip.backends.values import ConvGeometry, Key, Method, Rounding, SampleNorms
 from adaclip.layout import is_flat
@@ -51,6 +52,7 @@ def conv_keeps(x: Tensor, out_channels: int, geometry: ConvGeometry) -> bool:
     return choice.conv_method(x.device, x.shape[2:], x.shape[1], out_channels, geometry, x.dtype).keep
 
 
+@on_its_device()
 def conv_sample_norms(
     x: Tensor, g: Tensor, geometry: ConvGeometry, bias: bool, keep: bool | None
 ) -> SampleNorms:
@@ -100,6 +102,7 @@ def conv_grad_rounding(x: Tensor) -> Rounding:
     return _products(x).conv_grad_rounding(x)
 
 
+@on_its_device()
 def linear_sample_norms(a: Tensor, g: Tensor, bias: bool, keep: bool | None) -> SampleNorms:
     from adaclip.kernels import linear_sample_norms as kernels
 
@@ -129,12 +132,14 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], math.prod(x.shape[1:])).contiguous()
 
 
+@on_its_device()
 def row_sqnorms(x: Tensor) -> Tensor:
     from adaclip.kernels.row_sqnorms import row_sqnorms
 
     return row_sqnorms(_rows(x))
 
 
+@on_its_device()
 def weighted_sum(x: Tensor, factors: Tensor) -> Tensor:
     from adaclip.kernels.weighted_sum import weighted_sum
 
@@ -148,6 +153,7 @@ def weighted_sum(x: Tensor, factors: Tensor) -> Tensor:
     return weighted_sum(_rows(x), factors).view(x.shape[1:])
 
 
+@on_its_device()
 def group_norm_backward(
     g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,6 +166,7 @@ def group_norm_backward(
 # --- norms to factors, statistics and thresholds ------------------------------------------------------
 
 
+@on_its_device()
 def clip_factors(
     sqnorms: Tensor,
     thresholds: Tensor,
@@ -186,6 +193,7 @@ def clip_factors(
     )
 
 
+@on_its_device()
 def sample_statistics(sqnorms: Tensor, thresholds: Tensor, **arguments: Any) -> None:
     from adaclip.kernels.sample_statistics import sample_statistics
 
@@ -196,6 +204,7 @@ def sample_statistics(sqnorms: Tensor, thresholds: Tensor, **arguments: Any) -> 
     torch.autograd.graph.increment_version([t for t in outputs if t is not None])
 
 
+@on_its_device()
 def follow_quantile(
     thresholds: Tensor,
     run: Tensor,
@@ -240,6 +249,7 @@ def _one(std: float | Tensor, device: torch.device) -> Tensor:
     return torch.full((1,), std, dtype=torch.float32, device=device)
 
 
+@on_its_device(3)
 def normal_fill(
     key: Key,
     step: int | Tensor,
@@ -255,6 +265,7 @@ def normal_fill(
     normal_fill(key.on(device), counter(step, device), stream, out, _one(std, device), first_chunk, add)
 
 
+@on_its_device(3)
 def noisy_sum(
     key: Key,
     step: int | Tensor,
@@ -282,7 +293,8 @@ def noisy_step(key: Key, step: int | Tensor, stream: int, fused: FusedStep) -> N
     if not fused.tensors:
         return
     device = fused.tensors[0][0].device
-    noisy_step(key.on(device), counter(step, device), stream, step_table(fused))
+    with current(device):
+        noisy_step(key.on(device), counter(step, device), stream, step_table(fused))
 
 
 def perturb(
@@ -298,4 +310,5 @@ def perturb(
     from adaclip.kernels.perturb import perturb
 
     device = moves[0].param.device
-    perturb(key.on(device), counter(step, device), stream, moves_table(moves, cache), draw, sign)
+    with current(device):
+        perturb(key.on(device), counter(step, device), stream, moves_table(moves, cache), draw, sign)

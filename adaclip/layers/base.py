@@ -121,6 +121,9 @@ class RootForward(ReplacedForward):
 class Layer(ReplacedForward):
     """A module whose per-sample gradients the engine forms. Subclasses: one per layer kind."""
 
+    # Whether its norms are made without reading a value of a GPU back, so that a CUDA graph can hold them.
+    capturable = True
+
     def __init__(self, name: str, module: nn.Module, tape: Tape, root: nn.Module, backend: str):
         super().__init__(module)
         self.name = name

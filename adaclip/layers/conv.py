@@ -171,10 +171,11 @@ class StandardizedConvLayer(ConvLayer):
     from a one-channel convolution: exact norms, and no per-sample gradient is formed for them. Where
     the per-sample gradient is formed anyway, P' is applied to it instead.
 
-    On a GPU outputs are rounded to 16 bits or made of operands in TF32. With an error of at most u |w^| * |x| in each
-    output, and at most u |g'| in g' where it is rounded too, <w^, G>/sqrt(n), taken as a vector over the output
-    channels, is off by at most (u + u') sqrt(M) in norm, M the sample's magnitude: |w^| is at most sqrt(n). That
-    much less is taken away. (A bias in the output adds its own rounding, u |b| sum_t |g'|.)
+    Outputs are rounded: each is a sum of n products, and on a GPU kept in 16 bits or made of operands in TF32. With an
+    error of at most u |w^| * |x| in each output, and at most u |g'| in g' where it is rounded too, <w^, G>/sqrt(n),
+    taken as a vector over the output channels, is off by at most (u + u') sqrt(M) in norm, M the sample's magnitude:
+    |w^| is at most sqrt(n). So is <1, G>/sqrt(n) by the rounding of its products. That much less is taken away. (A
+    bias in the output adds its own rounding, u |b| sum_t |g'|.)
     """
 
     def saves_output(self, x: Tensor) -> bool:
@@ -228,31 +229,33 @@ class StandardizedConvLayer(ConvLayer):
         rows = _position_sums(g)
         n = weight[0].numel()
         norms = ops.conv_sample_norms(x, scaled, **geometry, keep=False, backend=self.backend)
-        along_weight = dots if shift is None else dots - shift * rows
-        along_weight = (along_weight * inverse).double()
-        # Channels and positions are summed in float64: what is taken away below can be larger than
-        # what is left.
+        # Sums over channels and positions are in float64: what is taken away below can be larger than what is left.
+        along_weight = dots.double()
+        if shift is not None:
+            along_weight = along_weight - shift.double() * g.flatten(2).sum(-1, dtype=torch.float64)
+        along_weight = along_weight * inverse.double()
         channel_sums = x.reshape(x.shape[0], m.groups, -1, *x.shape[2:]).sum(2, dtype=torch.float64)
         images = channel_sums.flatten(1, -3)
         ones = images.new_ones(images.shape[1], 1, *m.kernel_size)
         box = F.conv2d(images, ones, None, m.stride, geometry["padding"][-2:], m.dilation, images.shape[1])
         box = box.reshape(*channel_sums.shape[:-2], *g.shape[-2:])
-        box = box.to(reference.wide_dtype(scaled.dtype)).repeat_interleave(weight.shape[0] // m.groups, dim=1)
+        wide = reference.wide_dtype(scaled.dtype)
+        box = box.to(wide).repeat_interleave(weight.shape[0] // m.groups, dim=1)
         along_ones = (scaled * box).flatten(2).sum(-1, dtype=torch.float64)
         length = standardized.double().square().sum((1, 2, 3)) / n
-        unit = ops.conv_output_unit(x)
-        if unit:
-            missed = unit * norms.magnitudes.sqrt()
-            if shift is not None:
-                spread = scaled.abs().flatten(2).sum(-1, dtype=torch.float64) * shift.double()
-                missed = missed + unit * (spread.square().sum(1) / n).sqrt()
-            # Twice what is missed: an error in <w^, G> counts sqrt(2 - |w^|^2/n) times.
-            found = ((2 - length) * along_weight.square()).sum(1).div(n).clamp_min(0).sqrt()
-            removed = along_ones.square().sum(1) / n + (found - 2 * missed).clamp_min(0).square()
-        else:
-            removed = (along_ones.square() + (2 - length) * along_weight.square()).sum(1) / n
-        # The products are rounded in float32: take a little less away than was found.
-        removed *= 1 - 1e-6
+        rounded = torch.finfo(wide).eps / 2
+        # An output's n products and their sum, the product with g and its scale; however the sum is ordered.
+        unit = ops.conv_output_unit(x) + (n + 4) * rounded
+        scale = norms.magnitudes.sqrt()
+        missed = unit * scale
+        if shift is not None:
+            spread = scaled.abs().flatten(2).sum(-1, dtype=torch.float64) * shift.double()
+            missed = missed + unit * (spread.square().sum(1) / n).sqrt()
+        # Twice what is missed: an error in <w^, G> counts sqrt(2 - |w^|^2/n) times.
+        weights = ((2 - length) * along_weight.square()).sum(1).div(n).clamp_min(0).sqrt()
+        means = along_ones.square().sum(1).div(n).sqrt()
+        removed = (weights - 2 * missed).clamp_min(0).square()
+        removed = removed + (means - 4 * rounded * scale).clamp_min(0).square()
         exact = (norms.sqnorms - removed).clamp_min(0)
         sqnorms = rounding_bound(exact, norms.magnitudes, ops.conv_grad_rounding(x, scaled, self.backend))
         # A non-finite gradient must stay visible: clamping would have hidden it.

@@ -21,6 +21,8 @@ _FILES = (
     "test_backend_triton.py",
     "test_backends.py",
     "test_graphed.py",
+    "test_cuda_graphs.py",
+    "test_current_device.py",
     "test_device_data.py",
     "test_no_host_reads.py",
 )
