@@ -411,6 +411,32 @@ def test_norms_that_come_after_make_private_are_refused():
         optimizer.add_param_group({"params": [torch.zeros(1)], "max_grad_norm": 0.1})
 
 
+def test_thresholds_that_were_moved_by_hand_have_their_noise():
+    """What clips is what the noise is made for, in both allocations."""
+    for allocation in ("threshold", "equal"):
+        _, _, optimizer, _, _ = two_linears(allocation)
+        optimizer.clipping.thresholds.mul_(3.0)
+        shares = (optimizer.clipping.thresholds / optimizer.clipping.noise_scale()).square().sum()
+        assert shares.item() == pytest.approx(1.0)
+
+
+def test_opacus_setter_of_one_norm_is_refused():
+    from adaclip.opacus import PrivacyEngine as OpacusEngine
+
+    model = small_model()
+    x, y = data(40)
+    _, optimizer, _ = OpacusEngine().make_private(
+        module=model,
+        optimizer=grouped(model),
+        data_loader=DataLoader(TensorDataset(x, y), batch_size=10),
+        noise_multiplier=1.0,
+        max_grad_norm=None,
+    )
+    with pytest.raises(ValueError, match="each of param_groups"):
+        optimizer.max_grad_norm = 2.0
+    assert optimizer.clipping.thresholds.tolist() == list(NORMS)
+
+
 def test_an_allocation_of_another_name():
     with pytest.raises(ValueError, match="allocation must be one of"):
         PerGroupClipping("mine")

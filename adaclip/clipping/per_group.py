@@ -115,10 +115,13 @@ class PerGroupClipping(Clipping):
         Groups without one release nothing; their entries are positive.
         """
         trained = {k for p, k in self._group_of.items() if p.requires_grad}
+        if not trained:
+            return self.thresholds.clone()
         if self._allocation == "threshold":
             return self.thresholds * math.sqrt(len(trained))
-        whole = math.hypot(*(self._norms[k] for k in trained))
-        return torch.full_like(self.thresholds, whole)
+        # Of the thresholds that clip, whatever the groups say by now.
+        whole = torch.linalg.vector_norm(torch.stack([self.thresholds[k] for k in sorted(trained)]))
+        return whole.expand_as(self.thresholds)
 
     def config(self) -> dict[str, Any]:
         norms = norms_of(self._param_groups())
