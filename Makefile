@@ -18,8 +18,8 @@ PIP := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --dis
 CORE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
-# What runs on a GPU: .venv if it is made, else the Python that adaclip was installed in.
-GPU_PYTHON ?= $(if $(wildcard $(VENV)/.installed),$(CURDIR)/$(BIN)/python,$(PYTHON))
+# What runs on a GPU: .venv if it is made, else the Python that adaclip was installed in: an active environment's.
+GPU_PYTHON ?= $(if $(wildcard $(VENV)/.installed),$(CURDIR)/$(BIN)/python,python3)
 
 .PHONY: train mnist test bench gpu sanitize-gpu lint format clean
 

@@ -176,9 +176,8 @@ def test_no_positions(gpu_or_interpreter):
             assert out.tolist() == [0, 0] or bool((out <= 1e-30).all())
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("size", [2, 9])
-@pytest.mark.parametrize("where", ["x", "g"])
+@pytest.mark.parametrize(("where", "value"), [("x", math.nan), ("g", math.inf)])
 def test_a_sample_that_is_not_finite_touches_no_other(gpu_or_interpreter, value, size, where):
     from adaclip.kernels.conv_sample_grads import conv_sample_grads
 

@@ -64,7 +64,7 @@ def test_convolution(channels, size, scale, seed):
         made = ops.conv_sample_norms(x, g, **GEOMETRY, keep=keep)
         bounds = made.sqnorms
         if made.kept is None:
-            bounds = rounding_bound(bounds, made.magnitudes, ops.conv_grad_rounding(x, g))
+            bounds = rounding_bound(bounds, made.magnitudes, ops.conv_grad_rounding(x, g, **GEOMETRY))
         # Norms near C, where an underestimate would matter most.
         bound = float(norms.median())
         factors = clip_factors(bounds.sqrt(), bound)

@@ -1,6 +1,7 @@
-"""The Triton kernels of `adaclip.kernels`, imported when they are first called; weight gradients are cuDNN's and cuBLAS's.
+"""The Triton kernels of `adaclip.kernels`, imported when they are first called.
 
-Tensors are on a CUDA GPU; in Triton's interpreter they are on the CPU, and weight gradients the C++ core's.
+Weight gradients are cuDNN's and cuBLAS's, but for 16-bit convolutions of shapes that a kernel was chosen for. Tensors
+are on a CUDA GPU; in Triton's interpreter they are on the CPU, and what would be cuDNN's and cuBLAS's is the C++ core's.
 Gradients go in as they are: bfloat16, float16 or float32.
 """
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from adaclip import reference
-from adaclip.backends import choice, cpp, cudnn_grads
+from adaclip.backends import choice, cpp, cudnn_grads, support, triton_grads
 from adaclip.backends.current import current, on_its_device
 from adaclip.backends.planes import as_planes
 from adaclip.backends.values import ConvGeometry, Key, Method, Rounding, SampleNorms
@@ -95,11 +96,16 @@ def conv_norms(
 def conv_weighted_grad(
     x: Tensor, g: Tensor, factors: Tensor, weight: Tensor, geometry: ConvGeometry
 ) -> Tensor:
-    return _products(x).conv_weighted_grad(x, g, factors, weight, geometry)
+    return _conv_sums(x, g, geometry).conv_weighted_grad(x, g, factors, weight, geometry)
 
 
-def conv_grad_rounding(x: Tensor) -> Rounding:
-    return _products(x).conv_grad_rounding(x)
+def conv_grad_rounding(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Rounding:
+    return _conv_sums(x, g, geometry).conv_grad_rounding(x, g, geometry)
+
+
+def _conv_sums(x: Tensor, g: Tensor, geometry: ConvGeometry):
+    sums = choice.conv_sums(x.device, x.shape[2:], x.shape[1], g.shape[1], geometry, x.dtype)
+    return triton_grads if sums == "triton" and support.triton_missing() is None else _products(x)
 
 
 @on_its_device()
@@ -147,9 +153,7 @@ def weighted_sum(x: Tensor, factors: Tensor) -> Tensor:
     if not x.is_contiguous() and x.shape[0] and is_flat(x[0]):
         # Per-sample gradients in another order of dimensions: summed where they lie.
         rows = x.as_strided((x.shape[0], x[0].numel()), (x.stride(0), 1))
-        total = weighted_sum(rows, factors).as_strided(x.shape[1:], x.stride()[1:])
-        # On the CPU noise is added in the order of contiguous gradients.
-        return total if x.device.type != "cpu" else total.contiguous()
+        return weighted_sum(rows, factors).as_strided(x.shape[1:], x.stride()[1:])
     return weighted_sum(_rows(x), factors).view(x.shape[1:])
 
 

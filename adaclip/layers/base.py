@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from adaclip import ops, reference
 from adaclip.layers.tape import Slot, Tape, Use
+from adaclip.layout import laid_as
 from adaclip.shards import is_sharded
 
 __all__ = [
@@ -208,18 +209,14 @@ def sum_views(t: Tensor, views: int) -> Tensor:
 
 
 def as_gradient(p: nn.Parameter, total: Tensor) -> tuple[nn.Parameter, Tensor]:
-    """(p, total), total in p's dtype, as torch wants a `.grad`.
+    """(p, total), total in p's dtype, as torch wants a `.grad`, and strided as p is.
 
     Each sample's contribution is bounded up to here, in at least float32. Under a 16-bit parameter the
     sum of them is now rounded once, by at most 2^-8 (bfloat16) or 2^-11 (float16) of each entry.
     """
     total = total.to(p.dtype)
-    if is_sharded(p):
-        return p, total
-    if p.device.type != "cpu" and total.stride() != p.stride():
-        # GPU libraries have their own order of dimensions; the fused update needs the parameter's.
-        total = torch.empty_like(p).copy_(total)
-    return p, total
+    # What makes the sum may order dimensions otherwise (channels_last); the fused update needs the parameter's order.
+    return p, (total if is_sharded(p) else laid_as(total, p))
 
 
 def lowered(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

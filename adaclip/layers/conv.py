@@ -123,7 +123,7 @@ class ConvLayer(Layer):
         norms = ops.conv_sample_norms(x, g, **geometry, bias=bias in wanted, backend=self.backend)
         sqnorms, kept, rows = norms.sqnorms, norms.kept, norms.bias
         if kept is None:
-            rounding = ops.conv_grad_rounding(x, g, self.backend)
+            rounding = ops.conv_grad_rounding(x, g, **geometry, backend=self.backend)
             sqnorms = rounding_bound(sqnorms, norms.magnitudes, rounding)
         if rows is not None:
             sqnorms = sqnorms + ops.row_sqnorms(rows, backend=self.backend)
@@ -257,7 +257,8 @@ class StandardizedConvLayer(ConvLayer):
         removed = (weights - 2 * missed).clamp_min(0).square()
         removed = removed + (means - 4 * rounded * scale).clamp_min(0).square()
         exact = (norms.sqnorms - removed).clamp_min(0)
-        sqnorms = rounding_bound(exact, norms.magnitudes, ops.conv_grad_rounding(x, scaled, self.backend))
+        rounding = ops.conv_grad_rounding(x, scaled, **geometry, backend=self.backend)
+        sqnorms = rounding_bound(exact, norms.magnitudes, rounding)
         # A non-finite gradient must stay visible: clamping would have hidden it.
         sqnorms = torch.where(norms.sqnorms.isfinite(), sqnorms, norms.sqnorms)
         if bias in wanted:
