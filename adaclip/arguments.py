@@ -129,6 +129,12 @@ def check_optimizer(
         )
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    wrapped = [optimizer.__dict__.get(name) for name in ("optimizer", "_optimizer")]
+    if any(isinstance(inner, torch.optim.Optimizer) for inner in wrapped):
+        raise TypeError(
+            f"optimizer must be the plain one, got a {type(optimizer).__name__} around it: give make_private the plain "
+            "optimizer, and the trainer or accelerator what make_private returns"
+        )
     if isinstance(optimizer, (torch.optim.LBFGS, torch.optim.SparseAdam)):
         raise ValueError(
             f"optimizer must be a first-order one with dense gradients, got {type(optimizer).__name__}: "

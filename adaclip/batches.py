@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from numbers import Integral
@@ -67,6 +68,9 @@ class LoaderBase:
         labels_of: what reads the labels off a batch (`class_labels`, or a function of the user's): one integer
             an example, padding included, before views are made of it. None: nobody needs them.
         labels: int64 [padded_rows], the labels of the current batch; None without `labels_of`. Private.
+        fetched_ahead: whether somebody between loader and loop fetches batches before the loop gets them. `current`
+            is then not what was yielded last: who knows when the loop gets a batch calls `take_up`, once for each,
+            in their order, and `leave` after the last one.
     """
 
     def __init__(self, views: Views) -> None:
@@ -74,6 +78,8 @@ class LoaderBase:
         self.labels: Tensor | None = None
         self.labels_of: Callable[[Any], Tensor] | None = None
         self._views = views
+        self.fetched_ahead = False
+        self._waiting: deque[tuple[BatchInfo, Tensor | None]] = deque()
         self.on_batch: Callable[[BatchInfo | None], None] | None = None
         self._step = 0
         self._epoch = 0
@@ -81,7 +87,7 @@ class LoaderBase:
 
     def _begin(self) -> int:
         """Start a new iteration, which ends any other, and return its ticket."""
-        self._announce(None)
+        self.leave()
         self._iteration += 1
         return self._iteration
 
@@ -109,7 +115,26 @@ class LoaderBase:
         self._announce(info, labels)
         return made
 
+    def take_up(self) -> None:
+        """The loop gets the next one of the batches that were fetched ahead."""
+        if not self._waiting:
+            raise RuntimeError(
+                "take_up() must come once for each batch that was fetched, and there is none left"
+            )
+        self._publish(*self._waiting.popleft())
+
+    def leave(self) -> None:
+        """The loop has no batch in hand; what was fetched ahead is dropped."""
+        self._waiting.clear()
+        self._publish(None)
+
     def _announce(self, info: BatchInfo | None, labels: Tensor | None = None) -> None:
+        if not self.fetched_ahead:
+            self._publish(info, labels)
+        elif info is not None:
+            self._waiting.append((info, labels))
+
+    def _publish(self, info: BatchInfo | None, labels: Tensor | None = None) -> None:
         self.current, self.labels = info, labels
         if self.on_batch is not None:
             self.on_batch(info)
@@ -314,7 +339,8 @@ def check_data_loader(loader: Any, samplers: tuple[type, ...], instead: str) -> 
     if type(loader).__iter__ is not DataLoader.__iter__:
         raise ValueError(
             f"data_loader must iterate as torch's DataLoader does ({instead}), "
-            f"got {type(loader).__name__} with an __iter__ of its own"
+            f"got {type(loader).__name__} with an __iter__ of its own. Give make_private the plain DataLoader, and "
+            "the trainer or accelerator what make_private returns"
         )
     if isinstance(loader.dataset, IterableDataset):
         raise ValueError(

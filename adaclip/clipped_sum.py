@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from adaclip import ops
 from adaclip.batches import BatchInfo
-from adaclip.clipping import Clipping, Setting
+from adaclip.clipping import NORM_KEY, Clipping, Setting
 from adaclip.groups import LabelGroups
 from adaclip.layers import Layer, Part, Tape, part_from_samples
 from adaclip.processes import Processes
@@ -43,6 +43,7 @@ class ClippedSum:
     """Owns the tape of a model and the meaning of its parameters' `.grad`.
 
     parameters: called for the parameters that are trained, in the order the noise is drawn.
+    param_groups: called for the optimizer's parameter groups.
     batch: called for what the private loader says of the batch in hand; None without one.
     denominator: the public expected batch size, q N.
     groups, labels: the label groups, if any, and what is called for the labels of the batch in hand.
@@ -61,6 +62,7 @@ class ClippedSum:
         clipping: Clipping,
         *,
         parameters: Callable[[], Iterable[nn.Parameter]],
+        param_groups: Callable[[], list[dict]],
         batch: Callable[[], BatchInfo | None],
         denominator: float,
         loss_reduction: str,
@@ -95,12 +97,16 @@ class ClippedSum:
             expected_batch_size=denominator,
             device=next(iter(parameters())).device,
             backend=backend,
+            param_groups=param_groups,
         )
-        self._groups = clipping.bind(setting)
+        # An optimizer's own hyper-parameter may have that name.
+        self._param_groups = param_groups
+        self._with_norms = any(NORM_KEY in group for group in param_groups())
+        groups_of_clipping = clipping.bind(setting)
         self._group_of: dict[nn.Parameter, int] = {}
         for k, block in enumerate(blocks):
             for p in block:
-                self._group_of.setdefault(p, k if self._groups > 1 else 0)
+                self._group_of.setdefault(p, k if groups_of_clipping > 1 else 0)
         sides = [] if clipping.side is None else [clipping.side]
         if groups is not None:
             groups.bind(setting)
@@ -144,12 +150,17 @@ class ClippedSum:
     def begin(self) -> None:
         """Fix the thresholds of the logical batch in hand; nothing if that is done."""
         if self._thresholds is None:
+            if not self._with_norms and any(NORM_KEY in group for group in self._param_groups()):
+                raise ValueError(
+                    f"a parameter group was given a {NORM_KEY!r} after make_private, which clips by "
+                    f"{self.clipping.name!r}: give every group its own norm before it"
+                )
             self.clipping.begin(self.release)
             self._thresholds = self.clipping.thresholds, self.clipping.thresholds._version
 
     @property
     def begun(self) -> bool:
-        """Whether something was clipped to the thresholds in force, and is not released yet."""
+        """Whether the thresholds of the logical batch in hand are fixed: something may have been clipped to them."""
         return self._thresholds is not None
 
     def open(self, info: BatchInfo) -> None:
@@ -176,8 +187,9 @@ class ClippedSum:
         return self._step == step
 
     def group_of(self, parameter: nn.Parameter) -> int:
-        """The clipping group of a trained parameter; a new one (unfrozen later) joins group 0."""
-        return self._group_of.get(parameter, 0)
+        """The clipping group of a trained parameter; of layers, a new one (unfrozen later) joins group 0."""
+        group = self.clipping.group_of(parameter)
+        return self._group_of.get(parameter, 0) if group is None else group
 
     def check_intact(self) -> None:
         """Raise RuntimeError unless every `p.grad` is exactly what `finish` left there."""
@@ -191,6 +203,8 @@ class ClippedSum:
                     "longer cover what was clipped to the old ones"
                 )
         for p in self._parameters():
+            if self.begun:
+                self.group_of(p)
             made = self._made.get(p)
             if p.grad is None:
                 if made is not None:
@@ -201,12 +215,14 @@ class ClippedSum:
             elif made is None:
                 raise RuntimeError(
                     f"parameter {self._name_of(p)} holds a gradient that was not clipped: it was used outside "
-                    "its module's forward, or trained in evaluation mode (call model.train() first)"
+                    "its module's forward, trained in evaluation mode (call model.train() first), or unfrozen in a "
+                    "module of your own that has parameters itself (detach the model, then make_private again)"
                 )
             elif p.grad is not made[0] or p.grad._version != made[1]:
                 raise RuntimeError(
                     f"the gradient of parameter {self._name_of(p)} was changed between backward() and step(): "
-                    "the noise would no longer cover it"
+                    "the noise would no longer cover it. Leave out what does so (clip_grad_norm_, a trainer's "
+                    "gradient clipping, scaling by hand): gradients are clipped already, one sample at a time"
                 )
 
     def check_rows(self) -> None:
@@ -305,8 +321,9 @@ class ClippedSum:
         if self._step != info.step:
             if self._made and self._complete:
                 raise RuntimeError(
-                    "gradients of two logical batches would be added up: call optimizer.step() for each, and "
-                    "pass max_batch_size to make_private to split a large logical batch"
+                    "gradients of two logical batches would be added up: call optimizer.step() after every batch of "
+                    "the loader (it acts on the last part of a logical batch only). To accumulate gradients, give the "
+                    "DataLoader a batch_size that many times larger, and make_private max_batch_size, the old one"
                 )
             self.reset()
             self._step = info.step
@@ -339,7 +356,7 @@ class ClippedSum:
         if not parts:
             return
         device = parts[0][1].sqnorms.device
-        sqnorms = torch.zeros(self._groups, rows, dtype=torch.float64, device=device)
+        sqnorms = torch.zeros(len(self.clipping.thresholds), rows, dtype=torch.float64, device=device)
         for k, part in parts:
             sqnorms[k] += part.sqnorms
         # A mean loss hands out g/(B V) for each of a sample's V views, and the mean over views is wanted.

@@ -20,6 +20,7 @@ from adaclip.budget import Budget
 from adaclip.clipped_sum import ClippedSum
 from adaclip.clipping import Clipping, make_clipping
 from adaclip.epochs import EpochLoader
+from adaclip.errors import PrivacyBudgetExceeded
 from adaclip.groups import LabelGroups
 from adaclip.layers import ReplacedForward, RootForward, Tape, build_layers
 from adaclip.noise import NoiseSource
@@ -30,6 +31,7 @@ from adaclip.sampler import PoissonLoader
 from adaclip.schedules import Schedule, check_schedule
 from adaclip.shards import check_shards
 from adaclip.smoothing import EvaluationPoint, SmoothedLoss
+from adaclip.update import PrivateStepOnly
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -74,7 +76,7 @@ class PrivacyEngine:
         # As it was given, and without the wrapper that it may have.
         self._module: nn.Module | None = None
         self._model: nn.Module | None = None
-        self._replaced: list[ReplacedForward] = []
+        self._replaced: list[ReplacedForward | PrivateStepOnly] = []
         self._optimizer: DPOptimizer | None = None
         self._loader: PoissonLoader | EpochLoader | None = None
         self._budget: Budget | None = None
@@ -118,7 +120,8 @@ class PrivacyEngine:
             noise_multiplier: sigma of a whole step. Without statistics beside the gradient, noise has
               standard deviation sigma C; with them it has more (`adaclip.step_release`). 0 is exact clipped SGD.
             max_grad_norm: C, the clipping norm, 1.0 if left out (a sequence for per-layer clipping: one
-              a layer).
+              a layer). Where the optimizer's parameter groups have a key "max_grad_norm" each is clipped to its own
+              (`adaclip.clipping.PerGroupClipping`), and this is left out.
             poisson_sampling: False keeps the loader's own shuffled batches, and the accountant then
               books one full-batch release an epoch: no amplification by sampling (with a warning).
             clipping: a strategy's name or an `adaclip.clipping` object (which is copied: read the one at
@@ -167,7 +170,7 @@ class PrivacyEngine:
             arguments.check_model(model)
             arguments.check_optimizer(model, optimizer, smoothing)
             sharded = check_shards(model, processes)
-            strategy = make_clipping(clipping, max_grad_norm)
+            strategy = make_clipping(clipping, max_grad_norm, optimizer)
             source = arguments.make_source(noise_generator, self._used_keys)
         # One key for all, and the first process's.
         source = processes.share(source)
@@ -200,6 +203,7 @@ class PrivacyEngine:
                 tape,
                 strategy,
                 parameters=trained,
+                param_groups=lambda: optimizer.param_groups,
                 batch=batch,
                 denominator=loader.expected_batch_size,
                 loss_reduction=loss_reduction,
@@ -238,7 +242,9 @@ class PrivacyEngine:
         # Made last: the root may be a layer itself, and then counts around its adapter.
         root = RootForward(model, tape, nullcontext if point is None else point.away)
         root.attach()
-        self._replaced = [root, *layers]
+        guard = PrivateStepOnly(optimizer)
+        guard.attach()
+        self._replaced = [root, *layers, guard]
         if point is not None:
             point.attach(model)
             loader.on_batch = private.note_batch
@@ -366,6 +372,28 @@ class PrivacyEngine:
         """
         return self.accountant.get_epsilon(delta)
 
+    def can_step(self) -> bool:
+        """Whether the budget, if there is one, leaves room for the next `optimizer.step()`."""
+        optimizer = self._optimizer
+        if self._budget is None or optimizer is None:
+            return True
+        batch = optimizer.batch
+        in_epochs = isinstance(self._loader, EpochLoader) and self._booked_epoch is not None
+        if in_epochs and batch is not None and batch.epoch == self._booked_epoch[0]:
+            # The rest of an epoch that was booked is free.
+            return True
+        schedule = optimizer.noise_schedule
+        sigma = optimizer.base_noise_multiplier * (1.0 if schedule is None else schedule(optimizer.releases))
+        try:
+            self._budget.check(self.accountant.ledger, self._release(sigma))
+        except PrivacyBudgetExceeded:
+            return False
+        return True
+
+    def _release(self, sigma: float) -> SubsampledGaussian:
+        sampling = "shuffled" if isinstance(self._loader, EpochLoader) else "poisson"
+        return SubsampledGaussian(self._loader.sample_rate, sigma, sampling)
+
     def _book(self, optimizer: DPOptimizer, info: BatchInfo | None) -> None:
         """Book one release, or raise PrivacyBudgetExceeded with nothing booked."""
         loader = self._loader
@@ -386,8 +414,7 @@ class PrivacyEngine:
                 )
             if info.epoch == epoch:
                 return
-        sampling = "shuffled" if isinstance(loader, EpochLoader) else "poisson"
-        release = SubsampledGaussian(loader.sample_rate, sigma, sampling)
+        release = self._release(sigma)
         if self._budget is not None:
             self._budget.check(self.accountant.ledger, release)
         self.accountant.add(release)

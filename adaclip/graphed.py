@@ -164,6 +164,8 @@ class GraphedStep:
         self._take(x, y)
         optimizer.zero_grad()
         optimizer.check_release(info)
+        # Thresholds may lie elsewhere from this batch on.
+        self._sum.begin()
         params = optimizer.trained()
         if not fusable(optimizer.original_optimizer, params, optimizer.backend):
             raise RuntimeError(
@@ -239,7 +241,8 @@ class GraphedStep:
             autocast_dtype(self._device),
             tuple((t.data_ptr(), t.requires_grad) for t in tensors),
             tuple(m.training for m in self._module.modules()),
-            tuple(map(id, params)),
+            tuple((id(p), self._sum.group_of(p)) for p in params),
+            self._sum.clipping.thresholds.data_ptr(),
         )
 
     def _static_stds(self, stds: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from adaclip.batches import BatchInfo
 from adaclip.clipped_sum import ClippedSum
-from adaclip.clipping import Clipping
+from adaclip.clipping import NORM_KEY, Clipping, PerGroupClipping
 from adaclip.groups import LabelGroups
 from adaclip.noise import STREAM_GRADIENT, NoiseSource
 from adaclip.processes import Processes
@@ -269,10 +269,13 @@ class DPOptimizer(torch.optim.Optimizer):
 
     def _check_together(self, info: BatchInfo | None) -> None:
         """Raise unless this process, and every other, has the sum of the same logical batch to release."""
-        with self._processes.together("step()", [self.releases, -1 if info is None else info.step]):
+        numbers = [self.releases, -1 if info is None else info.step, 0]
+        with self._processes.together("step()", numbers):
             self.check_release(info)
             self._sum.check_intact()
             self._sum.check_rows()
+            self._sum.begin()
+            numbers[2] = self._sum.clipping.agreed()
 
     def check_release(self, info: BatchInfo | None) -> None:
         """Take the noise of the release that is next; RuntimeError if it would be of a batch released before."""
@@ -318,6 +321,15 @@ class DPOptimizer(torch.optim.Optimizer):
             self._set_noise(self._base_noise * self._noise_schedule(self.releases))
 
     def add_param_group(self, param_group: dict) -> None:
+        """As torch's; ValueError, with nothing changed, if it carries a clipping norm where the others do not, or vice
+        versa. Within a logical batch of clipping by parameter groups it is refused: RuntimeError.
+        """
+        self._sum.clipping.check_groups([*self.param_groups, param_group], self.defaults)
+        if self._sum.begun and isinstance(self.clipping, PerGroupClipping):
+            raise RuntimeError(
+                "add_param_group must come between two logical batches, whose norms are fixed: call optimizer.step() "
+                "or optimizer.zero_grad() first"
+            )
         self.original_optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict:
@@ -325,7 +337,17 @@ class DPOptimizer(torch.optim.Optimizer):
         return self.original_optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict) -> None:
-        self.original_optimizer.load_state_dict(state_dict)
+        """As torch's. Clipping norms of parameter groups are restored too, where it has them, for the next batch on.
+
+        ValueError, with nothing changed, if it has norms and this run clips all groups to one.
+        """
+        groups = state_dict["param_groups"]
+        if len(groups) == len(self.param_groups):
+            # A plain optimizer's groups have no norms: ours stay.
+            pairs = zip(groups, self.param_groups, strict=True)
+            groups = [{**{k: v for k, v in ours.items() if k == NORM_KEY}, **g} for g, ours in pairs]
+        self._sum.clipping.check_groups(groups, self.defaults)
+        self.original_optimizer.load_state_dict({**state_dict, "param_groups": groups})
 
     def __repr__(self) -> str:
         return f"DPOptimizer(noise_multiplier={self.noise_multiplier}, {self.original_optimizer!r})"

@@ -28,7 +28,31 @@ from .torch_rules import RULES
 if TYPE_CHECKING:
     from adaclip.kernels.step_table import StepTable
 
-__all__ = ["Update", "begin_update", "fusable", "noisy_update", "rehearse"]
+__all__ = ["PrivateStepOnly", "Update", "begin_update", "fusable", "noisy_update", "rehearse"]
+
+
+class PrivateStepOnly:
+    """Has an optimizer step in `noisy_update` only: by itself it would apply a clipped sum without its noise.
+
+    A step pre-hook, from `attach` to `detach`.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self._optimizer = optimizer
+        self.allowed = False
+
+    def attach(self) -> None:
+        self._handle = self._optimizer.register_step_pre_hook(self)
+
+    def detach(self) -> None:
+        self._handle.remove()
+
+    def __call__(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        if not self.allowed:
+            raise RuntimeError(
+                "the step() of the optimizer that was given to make_private would apply the clipped sum without noise "
+                "and without an entry in the ledger: call step() of the one that make_private returned"
+            )
 
 
 @torch.no_grad()
@@ -252,7 +276,10 @@ def _generic_update(
     others = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in updated]
     hidden = [(p, p.grad) for p in others if p.grad is not None]
     absent = [p for p in params if p.grad is None]
+    guards = [h for h in optimizer._optimizer_step_pre_hooks.values() if isinstance(h, PrivateStepOnly)]
     try:
+        for guard in guards:
+            guard.allowed = True
         for p, _ in hidden:
             p.grad = None
         for p in absent:
@@ -266,6 +293,8 @@ def _generic_update(
             optimizer.note_noise(params, stds)
         optimizer.step()
     finally:
+        for guard in guards:
+            guard.allowed = False
         for p, grad in hidden:
             p.grad = grad
         for p in absent:
@@ -280,7 +309,8 @@ def _fusable(optimizer: torch.optim.Optimizer, params: list[Tensor], backend: st
     if type(optimizer) not in RULES:
         return False
     # A hook of the user's, or a gradient scaler's verdict, belongs to optimizer.step().
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+    hooks = optimizer._optimizer_step_pre_hooks.values(), optimizer._optimizer_step_post_hooks.values()
+    if any(not isinstance(hook, PrivateStepOnly) for kind in hooks for hook in kind):
         return False
     if (
         getattr(optimizer, "grad_scale", None) is not None

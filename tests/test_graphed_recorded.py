@@ -111,6 +111,36 @@ def test_replays_of_operations_equal_the_loop(make_optimizer, options, steps, as
             assert torch.equal(torch.as_tensor(one), torch.as_tensor(other)), number
 
 
+def changing_norms(graphed):
+    """Norms of parameter groups that change on the way, and a frozen group that is added."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, CLASSES))
+    weight, bias = model.parameters()
+    groups = [{"params": [weight], "max_grad_norm": 0.5}, {"params": [bias], "max_grad_norm": 0.2}]
+    made = {"n": 20, "batch_size": 4, "classes": True, "pad_to": 12, "sigma": 0.8, "backend": "triton"}
+    _, model, optimizer, loader = private(model, optimizer=torch.optim.SGD(groups, lr=0.3), **made)
+    criterion, found = nn.functional.cross_entropy, []
+    step = Graphed(model, optimizer, criterion, warmup=1) if graphed else None
+    for number, (x, y) in enumerate(loader):
+        if graphed:
+            step(x, y)
+        else:
+            optimizer.zero_grad()
+            criterion(model(x), y).backward()
+            optimizer.step()
+        found += [flat(model), optimizer.used_thresholds]
+        if number == 1:
+            return found
+        frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
+        optimizer.add_param_group({"params": [frozen], "max_grad_norm": 1.0})
+        optimizer.param_groups[0]["max_grad_norm"] *= 0.3
+
+
+def test_replays_follow_the_norms_of_parameter_groups(as_on_a_gpu):
+    for ours, theirs in zip(changing_norms(True), changing_norms(False), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_a_recording_notices_what_is_read():
     recorded = Recorded(torch.device("cpu"))
     with pytest.raises(HostRead):

@@ -5,7 +5,7 @@ import torch
 from one_step import STRATEGIES
 
 from adaclip import ops
-from adaclip.clipping import PerLayerClipping, Setting
+from adaclip.clipping import PerGroupClipping, PerLayerClipping, Setting
 from adaclip.groups import LabelGroups
 from adaclip.step_release import Statistics
 
@@ -26,18 +26,26 @@ def test_a_value_cannot_be_read_there():
 
 
 @pytest.mark.parametrize("use", ["report", "reweight", "select"])
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", [*STRATEGIES, "per_group", "per_group, equal"])
 def test_a_step_reads_nothing_back(name, use):
-    clipping, groups = STRATEGIES[name](1.0), LabelGroups(use, groups=[0, 1, 1], diagnostics=True)
-    setting = Setting(layers=3, parameters=(5, 6, 7), expected_batch_size=4.0, device=META)
+    made = STRATEGIES | {
+        "per_group": lambda c: PerGroupClipping(),
+        "per_group, equal": lambda c: PerGroupClipping("equal"),
+    }
+    clipping, groups = made[name](1.0), LabelGroups(use, groups=[0, 1, 1], diagnostics=True)
+    param_groups = [
+        {"params": [torch.nn.Parameter(torch.ones(1))], "max_grad_norm": c} for c in (1.0, 2.0, 3.0)
+    ]
+    setting = Setting(3, (5, 6, 7), 4.0, META, param_groups=lambda: param_groups)
     layers = clipping.bind(setting)
-    assert layers == (3 if isinstance(clipping, PerLayerClipping) else 1)
+    assert layers == (3 if isinstance(clipping, (PerLayerClipping, PerGroupClipping)) else 1)
     clipping.note_noise(1.0)
     groups.bind(setting)
     statistics = Statistics([*([] if clipping.side is None else [clipping.side]), groups], META)
     sqnorms = torch.ones(layers, ROWS, dtype=torch.float64, device=META)
     labels = torch.zeros(ROWS, dtype=torch.int64, device=META)
     for t in range(3):
+        param_groups[0]["max_grad_norm"] += t
         clipping.begin(t)
         factors, norms, shares = ops.clip_factors(
             sqnorms,

@@ -38,6 +38,13 @@ def assert_alike(mine, theirs, tolerance=1e-6):
     assert mine["ledger"] == theirs["ledger"]
 
 
+def two_groups(params):
+    """Weights and the rest, each with a rate and a clipping norm of its own."""
+    weights, rest = [p for p in params if p.dim() > 1], [p for p in params if p.dim() == 1]
+    groups = [{"params": weights, "max_grad_norm": 0.3}, {"params": rest, "max_grad_norm": 1.0, "lr": 0.2}]
+    return torch.optim.SGD(groups, lr=0.5)
+
+
 NOISELESS = {"sigma": 0.0, "momentum": 0.0, "lr": 1.0}
 # What is asked of every way to hand over a model.
 CASES = {
@@ -47,6 +54,7 @@ CASES = {
     "padding": (3, {"pad_to": "auto"}),
     "adaptive": (6, {"clipping": AdaptiveClipping(sigma_b=4.0)}),
     "per layer": (3, {"clipping": "per_layer"}),
+    "parameter groups": (3, {"optimizer": two_groups}),
     "per parameter": (3, {"clipping": PerLayerClipping(1.0, per_parameter=True)}),
     "histogram": (4, {"clipping": DCSGDClipping(sigma_h=8.0)}),
     "label groups": (3, {"groups": LabelGroups("select", groups=3)}),
@@ -273,6 +281,23 @@ def test_all_stop_at_the_budget():
     first, second = run(_budget)
     assert first == second
     assert first[0] == "PrivacyBudgetExceeded"
+
+
+def _other_norms():
+    _, module, optimizer, loader = made("plain", optimizer=two_groups)
+    go_on(module, optimizer, loader, 1)
+    optimizer.param_groups[0]["max_grad_norm"] += dist.get_rank()
+    try:
+        go_on(module, optimizer, loader, 1)
+    except RuntimeError as error:
+        return str(error), optimizer.releases
+    return "", optimizer.releases
+
+
+def test_norms_of_parameter_groups_that_differ_are_noticed():
+    for message, releases in run(_other_norms):
+        assert "the processes are not at the same point" in message
+        assert releases == 1
 
 
 def _differing():

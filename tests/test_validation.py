@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
@@ -158,6 +158,7 @@ def test_fix_is_idempotent():
     )
 
 
+@settings(deadline=None)
 @given(channels=st.integers(1, 600))
 def test_groups_divide_the_channels(channels):
     norm = fix(nn.BatchNorm2d(channels))
@@ -248,3 +249,110 @@ def test_lazy_batch_norm(affine):
 def test_not_a_module(function):
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"):
         function(3)
+
+
+# --- what a pretrained BatchNorm becomes ----------------------------------------------------------------
+
+
+def pretrained_norm(channels, affine=True, kind=nn.BatchNorm2d):
+    norm = kind(channels, eps=1e-3, affine=affine).double()
+    g = torch.Generator().manual_seed(channels)
+    norm.running_mean.copy_(torch.randn(channels, generator=g))
+    norm.running_var.copy_(0.1 + 3 * torch.rand(channels, generator=g))
+    if affine:
+        norm.weight.data.normal_(generator=g)
+        norm.bias.data.normal_(generator=g)
+    return norm
+
+
+def typical(norm, rows=3, size=6):
+    """Samples of which every channel has the norm's running mean and variance."""
+    x = torch.randn(rows, norm.num_features, size, size, dtype=torch.float64)
+    x = (x - x.mean((2, 3), keepdim=True)) / x.var((2, 3), keepdim=True, correction=0).sqrt()
+    shape = (1, -1, 1, 1)
+    return x * norm.running_var.sqrt().reshape(shape) + norm.running_mean.reshape(shape)
+
+
+@settings(deadline=None, max_examples=20)
+@given(channels=st.integers(1, 70), affine=st.booleans())
+def test_a_group_norm_gives_a_typical_sample_the_batch_norms_output(channels, affine):
+    norm = pretrained_norm(channels, affine)
+    x = typical(norm)
+    fixed = fix(norm)
+    assert type(fixed) is nn.GroupNorm
+    assert fixed.num_groups == 1 or channels // fixed.num_groups >= 16
+    torch.testing.assert_close(fixed(x), norm.eval()(x), rtol=1e-9, atol=1e-9)
+    assert all(p.requires_grad is affine for p in fixed.parameters())
+    # Without the re-fit it does not.
+    plain = nn.GroupNorm(fixed.num_groups, channels, 1e-3, affine=False)(x)
+    if affine:
+        plain = plain * norm.weight.reshape(1, -1, 1, 1) + norm.bias.reshape(1, -1, 1, 1)
+    assert channels < 2 or (plain - norm(x)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("kind", BATCH_NORMS[:4], ids=repr)
+def test_a_frozen_batch_norm_is_exact_in_every_mode(kind, affine):
+    norm = pretrained_norm(8, affine, type(kind))
+    model = nn.Sequential(nn.Identity(), norm)
+    fixed = fix(model, batch_norm="frozen")
+    assert not affine or validate(fixed) == []
+    spatial = {"1": 1, "2": 2, "3": 3}.get(type(kind).__name__[9:10], 2)
+    x = torch.randn(4, 8, *[3] * spatial, dtype=torch.float64) * 5
+    expected = model.eval()(x)
+    for mode in (True, False):
+        assert torch.equal(fixed.train(mode)(x), expected)
+    assert dict(fixed.named_parameters()).keys() == dict(model.named_parameters()).keys()
+    norm.running_mean.fill_(9.0)
+    assert torch.equal(fixed(x), expected)
+    # What a checkpoint of the original holds can be loaded.
+    fixed.load_state_dict(model.state_dict())
+
+
+def test_parameters_that_are_shared_are_not_fitted_twice():
+    one, two = pretrained_norm(8), pretrained_norm(8)
+    two.running_mean.neg_()
+    two.weight = one.weight
+    fixed = fix(nn.ModuleList([one, two]))
+    assert fixed[0].weight is fixed[1].weight
+    assert torch.equal(fixed[0].weight, one.weight)
+    assert torch.equal(fixed[1].bias, two.bias)
+    frozen = fix(nn.ModuleList([one, two]), batch_norm="frozen")
+    assert frozen[0].weight is frozen[1].weight
+    x = torch.randn(2, 8, 3, 3, dtype=torch.float64)
+    assert torch.equal(frozen[1](x), two.eval()(x))
+
+
+def test_a_batch_norm_that_is_frozen_already_stays():
+    model = network().train()
+    model[1].eval()
+    fixed = fix(model)
+    assert type(fixed[1]) is nn.BatchNorm2d
+    assert not fixed[1].training
+    assert type(fixed[3][0].bn) is nn.GroupNorm
+    assert validate(fixed) == []
+    assert type(fix(model.eval())[1]) is nn.GroupNorm
+
+
+def test_what_a_batch_norm_may_become_is_checked():
+    with pytest.raises(ValueError, match=r"batch_norm must be one of \['frozen', 'group'\], got 'layer'"):
+        fix(network(), batch_norm="layer")
+    model = nn.Sequential(nn.BatchNorm2d(8, track_running_stats=False))
+    with pytest.raises(ValueError, match=r"got 'frozen': 0 \(BatchNorm2d\) keeps no running statistics"):
+        fix(model, batch_norm="frozen")
+    assert "batch_norm='frozen'" not in validate(model)[0]
+    assert "batch_norm='frozen'" in validate(network())[0]
+
+
+def test_a_batch_norm_with_a_forward_of_its_own_is_left_and_reported():
+    class Gated(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).sigmoid() * x
+
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), Gated(8))
+    fixed = fix(model)
+    assert type(fixed[1]) is Gated
+    for training in (True, False):
+        fixed[1].train(training)
+        (problem,) = validate(fixed)
+        assert "replace it by hand" in problem

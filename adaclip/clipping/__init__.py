@@ -7,6 +7,7 @@ than the gradient (`adaclip.step_release`).
 """
 
 from adaclip.clipping.base import (
+    NORM_KEY,
     SLACK,
     Clipping,
     Rule,
@@ -20,10 +21,12 @@ from adaclip.clipping.dc_sgd import DCSGDClipping
 from adaclip.clipping.flat import FlatClipping
 from adaclip.clipping.names import make_clipping
 from adaclip.clipping.normalized import AutomaticClipping, PSACClipping
+from adaclip.clipping.per_group import PerGroupClipping
 from adaclip.clipping.per_layer import PerLayerClipping
 from adaclip.clipping.quantile import AdaptiveClipping, QuantileThresholds
 
 __all__ = [
+    "NORM_KEY",
     "SLACK",
     "AdaptiveClipping",
     "AutomaticClipping",
@@ -31,6 +34,7 @@ __all__ = [
     "DCSGDClipping",
     "FlatClipping",
     "PSACClipping",
+    "PerGroupClipping",
     "PerLayerClipping",
     "QuantileThresholds",
     "Rule",

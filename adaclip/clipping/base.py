@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaclip.reference import SLACK
 
 __all__ = [
+    "NORM_KEY",
     "SLACK",
     "Clipping",
     "Rule",
@@ -22,6 +24,10 @@ __all__ = [
     "check_norm",
     "clip_factors",
 ]
+
+
+# The key of a parameter group that holds its own clipping norm.
+NORM_KEY = "max_grad_norm"
 
 
 def clip_factors(norms: Tensor, max_grad_norm: float) -> Tensor:
@@ -52,6 +58,7 @@ class Setting:
         expected_batch_size: q N, the public denominator.
         device: of the norms that strategies will see, and where their state shall be.
         backend: what the run's operations are computed by (`adaclip.backends`).
+        param_groups: called for the optimizer's parameter groups as they are now; None where there is no optimizer.
     """
 
     layers: int
@@ -59,6 +66,7 @@ class Setting:
     expected_batch_size: float
     device: torch.device
     backend: str = "auto"
+    param_groups: Callable[[], list[dict[str, Any]]] | None = None
 
 
 class Rule(NamedTuple):
@@ -129,7 +137,8 @@ class SplitRelease(ABC):
 
 
 class Clipping(ABC):
-    """How per-sample gradients are bounded, in K groups: one for all parameters, or one for each layer.
+    """How per-sample gradients are bounded, in K groups: one for all parameters, or one for each layer or each
+    parameter group of the optimizer.
 
     In a step t, sample b of norms n_bk enters group k with the factor that `rule` gives for n_bk and
     `thresholds[k]`, so that it adds at most C_k to it. The noise on group k has the standard deviation
@@ -156,10 +165,25 @@ class Clipping(ABC):
 
     @abstractmethod
     def bind(self, setting: Setting) -> int:
-        """Get ready for a model; returns the number K of groups: 1 or `setting.layers`.
+        """Get ready for a model; returns the number K of groups: 1, `setting.layers`, or any if `group_of` knows them.
 
         Called once, before anything is changed. Raises ValueError where the strategy does not fit.
         """
+
+    def group_of(self, parameter: nn.Parameter) -> int | None:
+        """The group of a trained parameter, from `begin` to the noise; None: the one that its layer is.
+
+        RuntimeError for a parameter that was not there when the logical batch began.
+        """
+        return None
+
+    def check_groups(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
+        """ValueError unless an optimizer of these defaults may have these parameter groups."""
+        if NORM_KEY not in defaults and any(NORM_KEY in group for group in groups):
+            raise ValueError(
+                f"{NORM_KEY!r} must not be in a parameter group that comes later: this run clips all groups by "
+                f"{self.name!r}. Give every group its own norm before make_private"
+            )
 
     def begin(self, t: int) -> None:  # noqa: B027 - most thresholds are no function of t
         """Release number t is about to be made: set C_t, where it is a function of t.
@@ -167,6 +191,10 @@ class Clipping(ABC):
         Called before the first backward of a logical batch and, again, before its noise if there was no
         backward; more often for the same t if a logical batch is abandoned.
         """
+
+    def agreed(self) -> int:
+        """What stands for the thresholds in force, where the user may set them: the same in all processes, below 2^63."""
+        return 0
 
     def note_noise(self, noise_multiplier: float) -> None:  # noqa: B027
         """The gradient's share sigma_g of the noise multiplier is this from now on. Public; most need it not."""

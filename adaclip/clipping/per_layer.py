@@ -12,9 +12,16 @@ from torch import Tensor
 from adaclip.clipping.base import Clipping, Setting, check_norm
 from adaclip.clipping.quantile import QuantileThresholds, check_fraction
 
-__all__ = ["PerLayerClipping"]
+__all__ = ["PerLayerClipping", "check_allocation"]
 
 _ALLOCATIONS = ("threshold", "equal")
+
+
+def check_allocation(allocation: str) -> str:
+    """`allocation`; ValueError unless it is one of those that `PerLayerClipping` describes."""
+    if allocation not in _ALLOCATIONS:
+        raise ValueError(f"allocation must be one of {_ALLOCATIONS}, got {allocation!r}")
+    return allocation
 
 
 class PerLayerClipping(Clipping):
@@ -63,9 +70,7 @@ class PerLayerClipping(Clipping):
         self._initial = [check_norm(c, name) for c in norms]
         if not self._initial:
             raise ValueError("max_grad_norm must hold a norm for each layer, got none")
-        if allocation not in _ALLOCATIONS:
-            raise ValueError(f"allocation must be one of {_ALLOCATIONS}, got {allocation!r}")
-        self._allocation = allocation
+        self._allocation = check_allocation(allocation)
         self.quantile = None if quantile is None else check_fraction(quantile, "quantile")
         if quantile is None and sigma_b is not None:
             raise ValueError(f"sigma_b must be None without a quantile, got {sigma_b!r}")

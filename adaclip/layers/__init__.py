@@ -5,13 +5,21 @@ from __future__ import annotations
 import warnings
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from adaclip.layers.base import Layer, Part, ReplacedForward, RootForward, part_from_samples
 from adaclip.layers.conv import ConvLayer, StandardizedConvLayer
 from adaclip.layers.fallback import FallbackLayer
+from adaclip.layers.frozen_norm import FrozenBatchNorm
 from adaclip.layers.linear import EmbeddingLayer, LinearLayer
-from adaclip.layers.norm import GroupNormLayer, InstanceNormLayer, LayerNormLayer
+from adaclip.layers.norm import (
+    FrozenNormInside,
+    FrozenNormLayer,
+    GroupNormLayer,
+    InstanceNormLayer,
+    LayerNormLayer,
+)
 from adaclip.layers.tape import Tape, Use
 from adaclip.layers.ws_conv import WSConv2d
 
@@ -38,6 +46,12 @@ _ADAPTERS: dict[type[nn.Module], type[Layer]] = {
     nn.InstanceNorm3d: InstanceNormLayer,
     nn.LayerNorm: LayerNormLayer,
     nn.Embedding: EmbeddingLayer,
+    # In evaluation mode, or `validate` would not have let them pass.
+    nn.BatchNorm1d: FrozenNormLayer,
+    nn.BatchNorm2d: FrozenNormLayer,
+    nn.BatchNorm3d: FrozenNormLayer,
+    nn.SyncBatchNorm: FrozenNormLayer,
+    FrozenBatchNorm: FrozenNormLayer,
 }
 
 
@@ -54,6 +68,8 @@ def adapter_for(module: nn.Module) -> type[Layer]:
         return FallbackLayer
     for kind, adapter in _ADAPTERS.items():
         if isinstance(module, kind) and _computes_like(module, kind):
+            if adapter is FrozenNormLayer:
+                return adapter
             # A weight that is no longer a parameter is computed by someone (weight_norm).
             return FallbackLayer if module._parameters.get("weight") is None else adapter
     return FallbackLayer
@@ -71,10 +87,22 @@ def _computes_like(module: nn.Module, kind: type[nn.Module]) -> bool:
     return True
 
 
+def _only_passes_on(module: nn.Module, owned: list[nn.Parameter]) -> bool:
+    """Whether what is trained below the module is trained by its children's own forwards, as far as can be told.
+
+    A module of the user's with frozen tokens or scales (a pretrained transformer's) leaves a trained head to the head.
+    Some of torch's use their children's parameters without calling them.
+    """
+    if not owned or any(p.requires_grad for p in owned) or parametrize.is_parametrized(module):
+        return False
+    return bool(module._modules) and not type(module).__module__.startswith("torch.")
+
+
 def build_layers(root: nn.Module, tape: Tape, backend: str) -> list[Layer]:
     """One adapter for every module with parameters of its own, outermost fallback first.
 
-    A module that needs the fallback covers all parameters below it, so its children get no adapter.
+    A module that needs the fallback covers all parameters below it, so its children get no adapter. One whose own
+    parameters are all frozen needs none: its children are looked at one by one.
     """
     layers: list[Layer] = []
     seen: set[nn.Module] = set()
@@ -83,20 +111,28 @@ def build_layers(root: nn.Module, tape: Tape, backend: str) -> list[Layer]:
         if module in seen:
             return
         seen.add(module)
-        if any(p is not None for p in module._parameters.values()) or parametrize.is_parametrized(module):
+        owned = [p for p in module._parameters.values() if p is not None]
+        if owned or parametrize.is_parametrized(module) or isinstance(module, _BatchNorm):
             kind = adapter_for(module)
-            layers.append(kind(name, module, tape, root, backend))
-            if kind is FallbackLayer:
-                seen.update(module.modules())
-            return
+            if kind is not FallbackLayer or not _only_passes_on(module, owned):
+                layers.append(kind(name, module, tape, root, backend))
+                if kind is FallbackLayer:
+                    keep_frozen(name, module)
+                    seen.update(module.modules())
+                return
         for child_name, child in module.named_children():
             cover(f"{name}.{child_name}" if name else child_name, child)
+
+    def keep_frozen(name: str, module: nn.Module) -> None:
+        for inner, part in module.named_modules():
+            if isinstance(part, _BatchNorm) and part not in seen:
+                layers.append(FrozenNormInside(f"{name}.{inner}", part, tape, root, backend))
 
     cover("", root)
     slow = [
         f"{lay.name or 'the model'} ({type(lay.module).__name__})"
         for lay in layers
-        if isinstance(lay, FallbackLayer)
+        if isinstance(lay, FallbackLayer) and lay.trainable()
     ]
     if slow:
         warnings.warn(

@@ -192,7 +192,8 @@ class FallbackLayer(Layer):
         except RuntimeError as error:
             raise RuntimeError(
                 f"{self.name or 'the model'} ({type(self.module).__name__}) cannot be run one sample at a "
-                f"time, so its per-sample gradients are unknown: {error}"
+                "time, so its per-sample gradients are unknown. Where it is random (dropout, stochastic depth), "
+                f"set its rate to 0: {error}"
             ) from error
         for one, batch in zip(made, call.outputs, strict=True):
             # 16-bit outputs are only known to their own precision.
@@ -202,7 +203,8 @@ class FallbackLayer(Layer):
             if not bool((((one - batch).abs() <= tolerance * scale) | ~finite).all()):
                 raise RuntimeError(
                     f"{self.name or 'the model'} ({type(self.module).__name__}) gives other outputs one "
-                    "sample at a time than on the batch: it mixes samples, is random (dropout), or does "
-                    "not keep them along dimension 0. Its gradients cannot be made private per sample"
+                    "sample at a time than on the batch: it mixes samples, is random (dropout, stochastic depth: "
+                    "set its rate to 0), or does not keep them along dimension 0. Its gradients cannot be made "
+                    "private per sample"
                 )
         return {named[k]: v.detach() for k, v in found.items()}

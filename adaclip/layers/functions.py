@@ -1,4 +1,4 @@
-"""Differentiable layer operations: `torch.ops.adaclip.{conv,linear,embedding,group_norm,layer_norm}`.
+"""Differentiable layer operations: `torch.ops.adaclip.{conv,linear,embedding,group_norm,layer_norm,frozen_norm}`.
 
 Each computes the ordinary forward. Its autograd formula computes the input gradient, never the
 ordinary parameter gradient, and records what the per-sample step needs. All end with the arguments
@@ -16,7 +16,7 @@ from torch.library import custom_op
 from adaclip import ops, reference
 from adaclip.layers import tape
 
-__all__ = ["conv", "embedding", "group_norm", "layer_norm", "linear", "record"]
+__all__ = ["conv", "embedding", "frozen_norm", "group_norm", "layer_norm", "linear", "record"]
 
 
 @custom_op("adaclip::record", mutates_args=("ticket",))
@@ -260,3 +260,51 @@ def _layer_norm_backward(ctx, g, _mean, _rstd):
 
 
 _register(layer_norm, _layer_norm, _layer_norm_setup, _layer_norm_backward)
+
+
+# --- normalization by constants: records the per-sample gradients of scale and shift -------------------
+
+
+def _frozen_norm(x, weight, bias, mean, var, eps, ticket, slot, forward, copy):
+    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+
+
+@custom_op("adaclip::frozen_norm", mutates_args=())
+def frozen_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    ticket: Tensor,
+    slot: int,
+    forward: int,
+    copy: bool,
+) -> Tensor:
+    return _frozen_norm(x, weight, bias, mean, var, eps, ticket, slot, forward, copy)
+
+
+def _frozen_norm_setup(ctx, inputs, output):
+    x, weight, _, mean, var, ctx.eps = inputs[:6]
+    _save(ctx, *inputs[6:], x, weight, mean, var)
+
+
+def _frozen_norm_backward(ctx, g):
+    x, weight, mean, var, ticket = _saved(ctx)
+    along = [-1, *[1] * (x.dim() - 2)]
+    positions = list(range(2, x.dim()))
+    rstd = (reference.wide(var) + ctx.eps).rsqrt()
+    shift = reference.wide(g)
+    scale = (reference.wide(x) - mean.reshape(along)) * rstd.reshape(along) * shift
+    # sum over an empty list of dimensions would be a sum over all of them
+    scale, rows = (t.sum(positions) if positions else t for t in (scale, shift))
+    torch.ops.adaclip.record(ticket, [scale, rows], *ctx.record)
+    dx = None
+    if ctx.needs_input_grad[0]:
+        slope = rstd if weight is None else rstd * weight
+        dx = (shift * slope.reshape(along)).to(x.dtype)
+    return dx, *[None] * 9
+
+
+_register(frozen_norm, _frozen_norm, _frozen_norm_setup, _frozen_norm_backward)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaclip.layers import functions  # noqa: F401  (registers the operations)
 from adaclip.layers.base import Layer, raised, sum_views
 from adaclip.layers.tape import Use
 
-__all__ = ["GroupNormLayer", "InstanceNormLayer", "LayerNormLayer"]
+__all__ = ["FrozenNormInside", "FrozenNormLayer", "GroupNormLayer", "InstanceNormLayer", "LayerNormLayer"]
 
 
 class _AffineLayer(Layer):
@@ -64,3 +65,34 @@ class LayerNormLayer(_AffineLayer):
         return torch.ops.adaclip.layer_norm(
             *operands, list(m.normalized_shape), m.eps, *self.slot.call_args()
         )[0]
+
+
+class FrozenNormLayer(_AffineLayer):
+    """A BatchNorm that was in evaluation mode at `make_private`, where samples do not mix, or a `FrozenBatchNorm`.
+
+    It stays there while the model is private, whatever `train()` sets: in training mode it would mix the samples and
+    keep unprotected statistics of them.
+    """
+
+    def __call__(self, input: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and self.root.training and self.trainable():
+            return self.forward(input)
+        m = self.module
+        return F.batch_norm(input, m.running_mean, m.running_var, m.weight, m.bias, False, 0.0, m.eps)
+
+    def forward(self, input: Tensor) -> Tensor:
+        m = self.module
+        if input.dim() < 2:
+            raise ValueError(
+                f"input of {self.name or type(m).__name__} must be [B, C, *] (private training needs the batch "
+                f"dimension), got {tuple(input.shape)}"
+            )
+        x, weight, bias, mean, var = raised(input, m.weight, m.bias, m.running_mean, m.running_var)
+        return torch.ops.adaclip.frozen_norm(x, weight, bias, mean, var, m.eps, *self.slot.call_args())
+
+
+class FrozenNormInside(FrozenNormLayer):
+    """One inside of a module that answers for all parameters below it: it is only kept in evaluation mode."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        return []

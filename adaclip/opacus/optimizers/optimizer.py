@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from torch import nn
 
-from adaclip.clipping import check_norm
+from adaclip.clipping import PerGroupClipping, check_norm
 from adaclip.opacus._replacements import raise_attribute_error
 from adaclip.optimizer import DPOptimizer as Base
 
@@ -52,6 +52,10 @@ class DPOptimizer(Base):
             raise RuntimeError(
                 f"max_grad_norm must be set after step() and before the next backward(), got {value} in between: "
                 "the noise would no longer cover what was clipped to the old norm"
+            )
+        if isinstance(self.clipping, PerGroupClipping):
+            raise ValueError(
+                f"max_grad_norm must be set in each of param_groups, which have their own, got {value}"
             )
         thresholds = self.clipping.thresholds
         if thresholds.numel() == 1:
