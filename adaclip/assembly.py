@@ -20,6 +20,7 @@ from adaclip.clipping import (
 )
 from adaclip.data import ImageData
 from adaclip.groups import LabelGroups
+from adaclip.launch import local_rank, process_count
 from adaclip.planning import quantized
 from adaclip.schedules import Cosine, Exponential, Linear, Schedule
 from adaclip.smoothing import DiSK, DPAdamBC, NoiseCorrectedNadam, SmoothedLoss
@@ -61,12 +62,24 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device named; "auto" is a GPU if there is one. Raises ValueError where there is none."""
-    if name == "cuda" and not torch.cuda.is_available():
+    """The device named; "auto" is a GPU if there is one, and each of several processes gets its own.
+
+    Raises ValueError where there is none.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
         raise ValueError("device is cuda, but torch finds no CUDA GPU here (see `adaclip doctor`)")
-    return torch.device(
-        "cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu")
-    )
+    if process_count() == 1:
+        return torch.device("cuda")
+    if local_rank() >= torch.cuda.device_count():
+        raise ValueError(
+            f"torchrun must start at most {torch.cuda.device_count()} processes here, one for each GPU, got number "
+            f"{local_rank()} (from 0)"
+        )
+    device = torch.device("cuda", local_rank())
+    torch.cuda.set_device(device)
+    return device
 
 
 def load_data(config: TrainConfig) -> ImageData:

@@ -8,7 +8,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,17 +124,35 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     from adaclip.allocator import keep_freed_memory
+    from adaclip.launch import launched
     from adaclip.runs import RunFolder
 
     keep_freed_memory()
-    with _user_errors():
-        training = _resume(args, RunFolder) if args.resume else _start(args, RunFolder)
-    if training is None:
-        return 0
-    try:
+    with contextlib.ExitStack() as stack:
+        with _user_errors():
+            stack.enter_context(launched())
+            training = _resume(args, RunFolder) if args.resume else _start(args, RunFolder)
+        if training is None:
+            return 0
+        stack.callback(training.folder.close)
         return _run(training, args)
-    finally:
-        training.folder.close()
+
+
+def _led(make: Callable[[], Any], folders: Any) -> Any:
+    """The run folder: made by the first of the processes that torchrun has started, and joined by the others."""
+    from adaclip.launch import process_count
+
+    # Without torch, where there is no other process: the cheapest mistakes are found early.
+    if process_count() == 1:
+        return make()
+    from adaclip.processes import Processes
+
+    processes, folder = Processes(), None
+    with processes.together("the run folder"):
+        if processes.rank == 0:
+            folder = make()
+    path = processes.told("the run folder", None if folder is None else str(folder.path))
+    return folders.join(path) if folder is None else folder
 
 
 def _run(training: Any, args: argparse.Namespace) -> int:
@@ -142,15 +160,17 @@ def _run(training: Any, args: argparse.Namespace) -> int:
     from adaclip.errors import TrainingDiverged
 
     folder = training.folder.path
-    for note in training.notes:
+    for note in training.notes if training.leads else ():
         print(note, file=sys.stderr)
-    if not args.quiet:
+    if training.leads and not args.quiet:
         print(
             f"{training.config.dataset}: {training.size} training images, {training.config.model}, expected batch "
             f"{training.config.batch_size}, noise multiplier {training.optimizer.noise_multiplier:.4g}, "
             f"{training.total} steps; run folder {folder}",
             file=sys.stderr,
         )
+        if training.processes.size > 1:
+            print(f"{training.processes.size} processes share each batch", file=sys.stderr)
         print(f"kernels on {training.device.type}: {kernels_on(training.device)}", file=sys.stderr)
     try:
         summary = training.run(quiet=args.quiet)
@@ -167,7 +187,8 @@ def _run(training: Any, args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 130
-    _print_summary(summary, args.json)
+    if training.leads:
+        _print_summary(summary, args.json)
     return 0
 
 
@@ -176,7 +197,9 @@ def _start(args: argparse.Namespace, folders: Any) -> Any:
 
     config = resolve(flags_given(args), args.config)
     # Before torch is imported and data is read: the cheapest mistake to find out about early.
-    folder = folders.create(args.run_dir or _default_folder(config.dataset, config.model))
+    folder = _led(
+        lambda: folders.create(args.run_dir or _default_folder(config.dataset, config.model)), folders
+    )
     try:
         from adaclip.train import Training
 
@@ -195,7 +218,7 @@ def _resume(args: argparse.Namespace, folders: Any) -> Any:
         )
     if args.run_dir is not None and args.run_dir.resolve() != args.resume.resolve():
         raise ValueError(f"--run-dir must be the folder given to --resume, {args.resume}, got {args.run_dir}")
-    folder = folders.open(args.resume)
+    folder = _led(lambda: folders.open(args.resume), folders)
     try:
         saved = folder.read_config()
         config = resume_with(saved["train"], flags_given(args))

@@ -141,6 +141,11 @@ class RunFolder:
             raise OSError(f"run folder {path} cannot be written ({error.strerror or error})") from error
         return folder
 
+    @classmethod
+    def join(cls, path: str | os.PathLike[str]) -> RunFolder:
+        """The folder of a run whose first process has made or opened it; the others only read."""
+        return cls(Path(path))
+
     def _check_resumable(self) -> None:
         missing = [file for file in (self.config, self.ledger, self.checkpoint) if not file.is_file()]
         if self.checkpoint in missing and self.config not in missing and self._untrained():

@@ -28,6 +28,7 @@ from adaclip.errors import PrivacyBudgetExceeded, TrainingDiverged
 from adaclip.evaluation import Interrupted, evaluate
 from adaclip.interrupts import Interrupts
 from adaclip.plots import plot_run
+from adaclip.processes import Processes
 from adaclip.progress import make_reporter
 from adaclip.runs import RunFolder
 from adaclip.smoothing import moving_average
@@ -74,6 +75,13 @@ class Training:
         private_diagnostics: bool = False,
     ):
         self.config, self.folder, self.notes = config, folder, []
+        # Those that torchrun has started; the first one writes and shows.
+        self.processes = Processes()
+        self.leads = self.processes.rank == 0
+        if private_diagnostics and self.processes.size > 1:
+            raise ValueError(
+                f"--private-diagnostics is for a run in one process, got {self.processes.size}: each sees its own examples"
+            )
         self.split = "validation" if config.validation else "test"
         self.step, self.finished, self._private = 0, False, private_diagnostics
         self.seconds = self._training_seconds = 0.0
@@ -87,8 +95,11 @@ class Training:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.device = pick_device(config.device)
-        self.place = Place(config, self.device)
-        self.data = load_data(config)
+        self.place = Place(config, self.device, alone=self.processes.size == 1)
+        # The first one downloads, where that is asked for.
+        with self.processes.together("reading the data"):
+            loaded = load_data(config) if self.leads else None
+        self.data = load_data(config) if loaded is None else loaded
         self.size = len(self.data.train_labels)
         if config.batch_size > self.size:
             raise ValueError(
@@ -118,7 +129,8 @@ class Training:
         if self.optimizer.noise_multiplier == 0:
             self.notes.append("warning: noise_multiplier is 0: nothing of this run is private")
         if saved is None:
-            self.folder.write_config(**run_settings(self))
+            if self.leads:
+                self.folder.write_config(**run_settings(self))
             self._save()
         else:
             self._restore()
@@ -192,6 +204,8 @@ class Training:
     def run(self, *, quiet: bool = False) -> dict[str, Any] | None:
         """Train to the end; return the summary, or None if SIGINT or SIGTERM came before the end.
 
+        Of several processes the first one writes the folder and returns the summary, the others an empty one.
+
         Either way the folder then holds ledger, checkpoint and plots. Where anything raises, it holds the ledger of
         what was released, and, unless that was in the middle of a step, the checkpoint of the last one.
 
@@ -199,7 +213,9 @@ class Training:
             TrainingDiverged: parameters are not finite; the folder keeps its last checkpoint.
             OSError: the folder cannot be written any more; it holds what was there before.
         """
-        reporter = make_reporter(quiet=quiet, start=self.step, total=self.total, split=self.split)
+        reporter = make_reporter(
+            quiet=quiet or not self.leads, start=self.step, total=self.total, split=self.split
+        )
         with Interrupts() as interrupts, reporter:
             self._reporter, self._interrupts = reporter, interrupts
             reporter.step(self.step, self.epsilon, self.rate())
@@ -220,7 +236,9 @@ class Training:
                 with contextlib.suppress(OSError, TrainingDiverged):
                     self._keep_what_happened()
                 raise
-        return summary(self, rows[-1]) if self.finished else None
+        if not self.finished:
+            return None
+        return summary(self, rows[-1]) if self.leads else {}
 
     def _train(self) -> None:
         self.model.train()
@@ -233,17 +251,20 @@ class Training:
                 if not self._train_on(images, labels):
                     return
                 if not self.loader.current.last:
-                    if self._interrupts.requested:
-                        raise Interrupted
+                    self._stop_if_asked()
                     continue
                 self._clock(started)
-                if self._interrupts.requested:
-                    raise Interrupted
+                self._stop_if_asked()
                 if self._due():
                     self._evaluate()
                 if self.step == self.total:
                     return
                 started = time.perf_counter()
+
+    def _stop_if_asked(self) -> None:
+        """Raise Interrupted if a signal came, to any process."""
+        if self.processes.any("a signal", self._interrupts.requested):
+            raise Interrupted
 
     def _due(self) -> bool:
         """Whether the step that is done is one to evaluate after, and that has not happened."""
@@ -329,6 +350,18 @@ class Training:
     def _evaluate(self) -> None:
         """Ledger, checkpoint, evaluation, metrics: in this order (`adaclip.runs`)."""
         self._save()
+        cut_off = False
+        if self.leads:
+            try:
+                self._measure()
+            except Interrupted:
+                cut_off = True
+        if self.processes.any("an evaluation", cut_off):
+            raise Interrupted
+        self._evaluated_at = self.step
+
+    def _measure(self) -> None:
+        """Evaluate, and write and show the result. Raises Interrupted if a signal came meanwhile."""
         started = time.perf_counter()
         model = self.model if self.average is None else self.average.module
         with self.place.autocast():
@@ -336,7 +369,6 @@ class Training:
         self.seconds += time.perf_counter() - started
         row = evaluation_row(self, accuracy, loss)
         self.folder.append_metrics(row)
-        self._evaluated_at = self.step
         self._reporter.evaluation(row, self.split, self.total)
         if not math.isfinite(loss):
             # Of released parameters and images that are not trained on. How many training samples are left out because
@@ -353,7 +385,8 @@ class Training:
         self._write_checkpoint()
 
     def _write_ledger(self) -> None:
-        self.engine.accountant.ledger.save(self.folder.ledger)
+        if self.leads:
+            self.engine.accountant.ledger.save(self.folder.ledger)
 
     def _write_checkpoint(self) -> None:
         extra = {
@@ -381,10 +414,13 @@ class Training:
     def _keep_what_happened(self) -> None:
         """After an error: the ledger, and the state of the last step unless another one had begun to be released."""
         self._write_ledger()
-        if self._booked == self.engine.accountant.ledger.steps:
+        # A checkpoint takes all processes, and another one may be gone.
+        if self.processes.size == 1 and self._booked == self.engine.accountant.ledger.steps:
             self._save()
 
     def _plot(self) -> list[dict[str, Any]]:
+        if not self.leads:
+            return []
         rows = self.folder.read_metrics()
         plot_run(self.folder.path, rows, split=self.split)
         return rows

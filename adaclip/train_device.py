@@ -29,6 +29,7 @@ class Place:
     On a GPU: models and images are channels_last, data stays in its memory if that takes no more than a quarter of
     what is free, and, unless the settings say otherwise, a step is a CUDA graph over padded batches.
 
+    alone: whether this process trains by itself: a graph is of one process.
     precision: "fp32", the default on the CPU; "tf32", the default on a GPU, as torch's own convolutions are; "bf16", under
     autocast. On a GPU it sets torch's switches for the whole process.
 
@@ -36,13 +37,13 @@ class Place:
         ValueError: TF32 or a graph where there is no GPU for it.
     """
 
-    def __init__(self, config: TrainConfig, device: torch.device):
+    def __init__(self, config: TrainConfig, device: torch.device, alone: bool = True):
         self.device, self._config = device, config
         self.gpu = device.type == "cuda"
         self.precision = config.precision or ("tf32" if self.gpu else "fp32")
         if self.precision == "tf32" and not self.gpu:
             raise ValueError(f"precision must be fp32 or bf16 on {device.type}, got tf32")
-        self.graphed = self.gpu and config.graph and config.max_batch_size is None
+        self.graphed = self.gpu and alone and config.graph and config.max_batch_size is None
         # Fixed shapes, for the graph; nearly every logical batch fits.
         self.pad_to = "auto" if self.graphed else None
         if self.gpu:

@@ -162,7 +162,8 @@ def test_thresholds_stay_equal_to_the_last_bit():
     assert len(first) == 51
     assert torch.equal(first, second)
     assert torch.equal(theta, other)
-    assert len(set(first.tolist())) == 51
+    # They lie on a grid: a few may be equal by chance.
+    assert len(set(first.tolist())) > 40
 
 
 def _drawn(steps):
