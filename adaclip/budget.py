@@ -9,6 +9,7 @@ from typing import Any
 from adaclip.accounting import Event, Ledger, Release
 from adaclip.accounting.filters import RDPFilter
 from adaclip.errors import PrivacyBudgetExceeded
+from adaclip.ranges import holds
 
 __all__ = ["Budget"]
 
@@ -40,9 +41,9 @@ class Budget:
     """
 
     def __init__(self, epsilon: float, delta: float, plan: Sequence[Event] | None = None):
-        if not 0 < epsilon < math.inf:
+        if not holds(epsilon, lambda v: 0 < v < math.inf):
             raise ValueError(f"target_epsilon must be a positive finite number, got {epsilon!r}")
-        if not 0 < delta < 1:
+        if not holds(delta, lambda v: 0 < v < 1):
             raise ValueError(f"target_delta must be in (0, 1), got {delta!r}")
         self.epsilon, self.delta = float(epsilon), float(delta)
         # A ledger puts equal neighbors together, as the ledger that is compared does.

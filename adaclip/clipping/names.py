@@ -40,7 +40,7 @@ def make_clipping(clipping: str | Clipping, max_grad_norm: float | Sequence[floa
             )
         # A copy: strategies learn the number of layers, hold state, and may be given to two engines.
         return copy.deepcopy(clipping)
-    if clipping not in _STRATEGIES:
+    if not isinstance(clipping, str) or clipping not in _STRATEGIES:
         raise ValueError(
             f"clipping must be one of {sorted(_STRATEGIES)} or an adaclip.clipping object, got {clipping!r}"
         )
