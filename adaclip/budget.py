@@ -116,12 +116,17 @@ class Budget:
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Budget:
         """The budget that `state_dict` described; ValueError if it is damaged."""
+        if not isinstance(state, Mapping) or not {"epsilon", "delta", "plan", "filter"} <= state.keys():
+            raise ValueError(f"a budget's state must have epsilon, delta, plan and filter, got {state!r}")
         plan = state["plan"]
         if (plan is None) == (state["filter"] is None):
             raise ValueError("a budget must have either a plan or a filter")
         if plan is None:
             budget = cls(state["epsilon"], state["delta"])
-            budget.filter = RDPFilter.from_state_dict(state["filter"])
+            try:
+                budget.filter = RDPFilter.from_state_dict(state["filter"])
+            except TypeError as error:
+                raise ValueError(f"a budget's {error}") from error
             return budget
         return cls(state["epsilon"], state["delta"], Ledger.from_state_dict(plan).events)
 

@@ -14,6 +14,7 @@ from torch import nn
 from adaclip.accounting import Accountant, Ledger
 from adaclip.batches import LoaderBase
 from adaclip.budget import Budget
+from adaclip.checkpoint_form import check_extra, check_form
 from adaclip.optimizer import DPOptimizer
 
 __all__ = ["VERSION", "Lineage", "check", "collect", "load", "restore", "save"]
@@ -57,8 +58,10 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
         ) from error
     if not isinstance(state, dict) or state.get("format") != "adaclip-checkpoint":
         raise ValueError(f"{path} is not an adaclip checkpoint")
-    if state["version"] != VERSION:
-        raise ValueError(f"checkpoint {path} has version {state['version']}; this adaclip reads {VERSION}")
+    if state.get("version") != VERSION:
+        raise ValueError(
+            f"checkpoint {path} has version {state.get('version')!r}; this adaclip reads {VERSION}"
+        )
     return state
 
 
@@ -71,7 +74,13 @@ def collect(
     run: str,
     extra: dict | None,
 ) -> dict[str, Any]:
-    """What a checkpoint holds: everything that a run continues from, but the noise key."""
+    """What a checkpoint holds: everything that a run continues from, but the noise key.
+
+    Raises TypeError for an `extra` that is no dict of plain values: it could not be read again.
+    """
+    if extra is not None and not isinstance(extra, dict):
+        raise TypeError(f"extra must be a dict or None, got {type(extra).__name__}")
+    check_extra(extra)
     return {
         "module": module.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -85,7 +94,7 @@ def collect(
         "releases": optimizer.releases,
         "loader": loader.state_dict(),
         "budget": None if budget is None else budget.state_dict(),
-        "extra": extra or {},
+        "extra": {} if extra is None else extra,
     }
 
 
@@ -101,6 +110,7 @@ def check(
 
     budget: that of the run it is loaded into, which goes before the checkpoint's own.
     """
+    check_form(state, tuple(_parts(optimizer)))
     _check_module(state["module"], module)
     _check_kinds(state["kinds"], _kinds(optimizer, loader))
     ledger = Ledger.from_state_dict(state["accountant"])
@@ -119,11 +129,15 @@ def check(
 
 def restore(state: dict[str, Any], module: nn.Module, optimizer: DPOptimizer, loader: LoaderBase) -> None:
     """Continue from `state`, which `check` has passed."""
+    # First: only torch's optimizers know what they can load, and one that cannot leaves everything as it is.
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+    except Exception as error:  # it may hold anything
+        raise ValueError(f"the checkpoint's optimizer state cannot be loaded: {error}") from error
     for name, part in _parts(optimizer).items():
         if part is not None:
             part.load_state_dict(state["parts"][name]["state"])
     loader.load_state_dict(state["loader"])
-    optimizer.load_state_dict(state["optimizer"])
     module.load_state_dict(state["module"])
     optimizer.releases = max(optimizer.releases, state["releases"])
 
@@ -199,5 +213,5 @@ def _kinds(optimizer: DPOptimizer, loader: LoaderBase) -> dict[str, Any]:
 def _check_kinds(saved: dict[str, Any], ours: dict[str, Any]) -> None:
     """Raise ValueError unless `ours` are the checkpoint's."""
     for name, value in ours.items():
-        if saved[name] != value:
-            raise ValueError(f"{name} must be the checkpoint's {saved[name]!r}, got {value!r}")
+        if name not in saved or saved[name] != value:
+            raise ValueError(f"{name} must be the checkpoint's {saved.get(name)!r}, got {value!r}")

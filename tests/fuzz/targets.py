@@ -1,6 +1,10 @@
 """All targets: a function of hypothesis' `draw` that runs one case and says how it ended, by group and name, with its
 share of the group's cases."""
 
-from fuzz import accounting, engine, options
+from fuzz import accounting, commands, engine, options
 
-GROUPS = {"api": accounting.TARGETS | options.TARGETS | engine.TARGETS}
+GROUPS = {
+    "api": accounting.TARGETS | options.TARGETS | engine.TARGETS,
+    "commands": commands.TARGETS,
+    "run folders": commands.FOLDERS,
+}

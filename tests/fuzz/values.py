@@ -117,7 +117,7 @@ def changed(draw: Any, tree: Any, leaf: st.SearchStrategy = PLAIN) -> Any:
 def _changed_once(draw: Any, tree: Any, leaf: st.SearchStrategy) -> Any:
     deeper = isinstance(tree, dict | list) and len(tree) > 0 and draw(st.integers(0, 4)) > 0
     if not deeper:
-        return draw(leaf)
+        return copy.deepcopy(draw(leaf))  # what strategies hold is not to be written to
     key = draw(st.sampled_from(sorted(tree, key=repr)) if isinstance(tree, dict) else st.integers(0, len(tree) - 1))
     how = draw(st.sampled_from(["inside", "inside", "inside", "remove", "double"]))
     if how == "inside":
