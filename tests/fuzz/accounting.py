@@ -17,11 +17,11 @@ from fuzz.values import ANYTHING, arguments, changed, mostly
 _RATE = st.floats(0, 1) | st.sampled_from([1e-12, 1e-3, 0.01, 0.5, 1.0])
 _SIGMA = st.floats(0.3, 30) | st.sampled_from([0.0, 1e-3, 1e-12, 1.0, 1e9, math.inf])
 _DELTA = st.sampled_from([1e-12, 1e-9, 1e-5, 1e-5, 0.1])
-_EPSILON = st.floats(0.01, 20) | st.sampled_from([0.01, 1e3])
+_EPSILON = st.floats(0.01, 20)
 _NAME = st.sampled_from(["pld", "rdp"])
 _ADJACENCY = st.sampled_from(accounting.ADJACENCIES)
 _SAMPLING = st.sampled_from(accounting.SAMPLINGS)
-_COUNT = st.integers(0, 3000) | st.just(10**6)
+_COUNT = st.integers(0, 3000)
 
 
 def _release(draw: Any) -> Any:
