@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import struct
+import subprocess
+import sys
 import tempfile
 import zipfile
+import zlib
 from unittest import mock
 
 import numpy as np
@@ -259,3 +263,172 @@ def test_random_damage_gives_data_or_a_data_error(kind, data):
             message = ""
             assert isinstance(loaded, ImageData)
     assert "\n" not in message
+
+
+# --- hostile files, in a process that may not grow -------------------------------------------------------
+
+_READER = """
+import resource, sys
+from adaclip.data import DataError, load
+name, root, size, limit = sys.argv[1], sys.argv[2], int(sys.argv[3]) or None, int(sys.argv[4])
+import PIL.Image, torch, mlxtend  # what a reader loads does not count
+now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + limit, now + limit))
+try:
+    load(name, root, image_size=size)
+except DataError as error:
+    print(error)
+else:
+    print("loaded")
+"""
+LIMIT = 1 << 29  # beyond what Python, numpy and torch take
+
+
+def load_bounded(name, root, size=0, limit=LIMIT):
+    """What `load` says in a process that can take no more than `limit` bytes of memory, and a minute."""
+    command = [sys.executable, "-c", _READER, name, str(root), str(size), str(limit)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def gzipped_zeros(header, count):
+    """A gzip file of a header and so many zeros, made without holding them."""
+    pack = zlib.compressobj(9, zlib.DEFLATED, 31)
+    parts, block = [pack.compress(header)], bytes(1 << 20)
+    parts += [pack.compress(block) for _ in range(count >> 20)]
+    return b"".join([*parts, pack.compress(bytes(count & 0xFFFFF)), pack.flush()])
+
+
+def test_a_gzip_bomb_that_announces_what_it_holds(tmp_path):
+    """1 GB of images in 1 MB: true to its header, and more than this process can hold."""
+    count = (1 << 30) // 784
+    bomb = gzipped_zeros(idx_header(2051, count, 28, 28), count * 784)
+    assert len(bomb) < 1 << 21
+    write(tmp_path, mnist_files() | {"train-images-idx3-ubyte.gz": bomb})
+    assert "do not fit in memory" in load_bounded("mnist", tmp_path)
+
+
+def test_more_than_the_machine_holds_is_not_begun(tmp_path):
+    with mock.patch("os.sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 2):
+        with pytest.raises(DataError, match="9,408 bytes of data do not fit in memory, which has 8,192"):
+            load("mnist", write(tmp_path, mnist_files()))
+        with pytest.raises(DataError, match="do not fit in memory"):
+            load("folder", write(tmp_path / "images", folder_files(50, shape=(16, 16))))
+
+
+def npz_bomb(name, body, zeros):
+    """An npz file whose member is that body and so many zeros; the others are as they should be."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        for key, array in medmnist_arrays().items():
+            with archive.open(f"{key}.npy", "w", force_zip64=True) as stream:
+                if key != name:
+                    np.save(stream, array)
+                    continue
+                stream.write(body)
+                for _ in range(zeros >> 20):
+                    stream.write(bytes(1 << 20))
+    return buffer.getvalue()
+
+
+def test_an_npy_header_of_a_gigabyte(tmp_path):
+    """Version 2.0 announces the header's length in 32 bits, and numpy reads all of it before it looks."""
+    bomb = npz_bomb("train_images", b"\x93NUMPY\x02\x00" + struct.pack("<I", 1 << 30), 1 << 30)
+    assert len(bomb) < 1 << 21
+    write(tmp_path, {"breastmnist.npz": bomb})
+    assert "npy version (2, 0)" in load_bounded("breastmnist", tmp_path)
+
+
+def test_an_npz_bomb_that_announces_what_it_holds(tmp_path):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": (1 << 30,)}
+    )
+    write(tmp_path, {"breastmnist.npz": npz_bomb("train_images", header.getvalue(), 1 << 30)})
+    assert "cannot be read as a MedMNIST npz file" in load_bounded("breastmnist", tmp_path)
+
+
+def test_a_pickle_in_an_npz_is_not_opened(tmp_path):
+    trace = tmp_path / "trace"
+    array = np.empty(6, dtype=object)
+    array[:] = [_Touch(str(trace))] * 6
+    write(tmp_path, {"breastmnist.npz": npz(medmnist_arrays() | {"train_images": array})})
+    with pytest.raises(DataError, match="not plain integers"):
+        load("breastmnist", tmp_path)
+    assert not trace.exists()
+
+
+class _Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_large_images_of_zeros_in_bounded_memory(tmp_path):
+    """Eight images of 8192 x 8192 in 500 kB: one is decoded at a time, and all of them together are refused."""
+    large = io.BytesIO()
+    Image.new("L", (8192, 8192)).save(large, "PNG")
+    files = {f"{name}/{i}.png": large.getvalue() for name in ("ant", "bee") for i in range(4)}
+    write(tmp_path, files)
+    assert load_bounded("folder", tmp_path, size=8, limit=1 << 30) == "loaded\n"
+    assert "do not fit in memory" in load_bounded("folder", tmp_path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    write(tmp_path, folder_files(2))
+    os.mkfifo(tmp_path / "ant" / "pipe.png")
+    assert "pipe.png cannot be decoded as an 8-bit image: it is no regular file" in load_bounded("folder", tmp_path)
+
+
+def test_links_that_lead_nowhere_or_round_and_round(tmp_path):
+    write(tmp_path, folder_files(2))
+    (tmp_path / "itself").symlink_to("itself")
+    (tmp_path / "ant" / "up").symlink_to(tmp_path)
+    assert load("folder", tmp_path).classes == ["ant", "bee"]
+    (tmp_path / "ant" / "gone.png").symlink_to("nowhere.png")
+    with pytest.raises(DataError, match=r"gone\.png"):
+        load("folder", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\udcff", "…", " "])
+def test_odd_names_are_one_paragraph(tmp_path, name):
+    write(tmp_path, folder_files(2) | {f"bee/{name}.png": b"damaged"})
+    with pytest.raises(DataError, match="cannot be decoded") as caught:
+        load("folder", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["mnist-gz", "mnist-raw", "cifar10", "npz", "npz-stored", "png", "jpeg"])
+def test_a_file_that_shrinks_while_it_is_read(tmp_path, kind):
+    """What was measured is not what is read."""
+    name, make = FORMATS[kind]
+    write(tmp_path, make())
+    original = os.stat
+
+    def stat_then_cut(path, *args, **kwargs):
+        found = original(path, *args, **kwargs)
+        if str(path).startswith(str(tmp_path)) and found.st_size > 100 and os.path.isfile(path):
+            os.truncate(path, found.st_size // 2)
+        return found
+
+    # Path.stat and the readers' own checks come through here.
+    with tiny_cifar(), mock.patch("os.stat", stat_then_cut), pytest.raises(DataError):
+        load(name, tmp_path)
+
+
+def test_arguments_that_are_no_folder(tmp_path):
+    for where in ("~nobody-of-that-name/x", "a\0b"):
+        with pytest.raises(DataError, match="is no folder"):
+            load("mnist", where)
+        with pytest.raises(DataError, match="is no folder"):
+            load(f"folder:{where}")
+    with pytest.raises(TypeError, match="data_dir must be a path"):
+        load("mnist", 3)
+    with pytest.raises(ValueError, match="image_size must be a positive int of at most 8192"):
+        load("folder", tmp_path, image_size=10**6)
