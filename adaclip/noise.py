@@ -260,7 +260,7 @@ def rounded_up(std: torch.Tensor) -> torch.Tensor:
 def checked_std(std: float | torch.Tensor) -> float:
     """std as the least float32 that is not below it, so that rounding never takes noise away."""
     if not holds(std, lambda v: 0.0 <= v <= _FLOAT32_MAX):
-        raise ValueError(f"std must be a number of at least 0 that a float32 can hold, got {std!r}")
+        raise ValueError(f"std must be finite and at least 0, got {std!r}")
     std = float(std)
     rounded = np.float32(std)
     if float(rounded) < std:

@@ -8,7 +8,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 # Cases of each target: a second or so.
-_SLOW = {"calibration": 5, "curves": 15, "accountants": 15, "images": 30, "run_folders": 12, "make_private": 30}
+_SLOW = {
+    "calibration": 5,
+    "curves": 15,
+    "accountants": 15,
+    "images": 30,
+    "run_folders": 12,
+    "make_private": 30,
+}
 _TARGETS = {name: target for targets in GROUPS.values() for name, (target, _) in targets.items()}
 
 

@@ -42,7 +42,7 @@ def test_an_int_that_no_float_holds_is_out_of_range():
         Budget(HUGE, 1e-5)
     with pytest.raises(ValueError, match="noise_multiplier must be finite"):
         functional.clip_and_noise(torch.ones(2, 3), max_grad_norm=1.0, noise_multiplier=HUGE)
-    with pytest.raises(ValueError, match="std must be a number of at least 0"):
+    with pytest.raises(ValueError, match="std must be finite and at least 0"):
         NoiseSource(1).normal_(torch.ones(3), 0, std=HUGE)
     with pytest.raises(ValueError, match="noise_multiplier must be finite"):
         private(sigma=HUGE)
@@ -53,7 +53,8 @@ def test_a_schedule_long_after_its_end():
 
 
 @pytest.mark.parametrize(
-    "value", ["1", True, np.bool_(True), None, 1j, [1.0], np.array([1.0]), int, torch.empty((), device="meta")]
+    "value",
+    ["1", True, np.bool_(True), None, 1j, [1.0], np.array([1.0]), int, torch.empty((), device="meta")],
 )
 def test_accounting_takes_single_numbers_only(value):
     with pytest.raises(TypeError, match="sigma must be a number"):
@@ -169,7 +170,13 @@ def test_names_may_be_of_any_type():
 
 
 @pytest.mark.parametrize(
-    "state", [3, {}, {"sample_rate": 0.5, "dataset_size": 4}, {"sample_rate": 0.5, "dataset_size": 4, "step": "x", "epoch": 0}]
+    "state",
+    [
+        3,
+        {},
+        {"sample_rate": 0.5, "dataset_size": 4},
+        {"sample_rate": 0.5, "dataset_size": 4, "step": "x", "epoch": 0},
+    ],
 )
 def test_loader_states(state):
     loader = PoissonLoader(torch.ones(4, 1), sample_rate=0.5)
@@ -231,7 +238,9 @@ def test_a_checkpoint_of_another_form_changes_nothing(tmp_path, path, value):
     assert all(torch.equal(a, b) for a, b in zip(before[1], model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("extra", [{"a": object()}, {"a": [1, {2: {3}}]}, [1], {"a": np.float64(1)}, {(1,): 2}])
+@pytest.mark.parametrize(
+    "extra", [{"a": object()}, {"a": [1, {2: {3}}]}, [1], {"a": np.float64(1)}, {(1,): 2}]
+)
 def test_what_could_not_be_loaded_again_is_not_saved(tmp_path, extra):
     engine, model, optimizer, _ = private()
     with pytest.raises(TypeError, match="extra"):

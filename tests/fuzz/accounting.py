@@ -7,12 +7,12 @@ import math
 from typing import Any
 
 import numpy as np
+from fuzz.bounds import attempt
+from fuzz.values import ANYTHING, arguments, changed, mostly
 from hypothesis import strategies as st
 
 from adaclip import accounting
 from adaclip.accounting import Ledger, create_accountant
-from fuzz.bounds import attempt
-from fuzz.values import ANYTHING, arguments, changed, mostly
 
 _RATE = st.floats(0, 1) | st.sampled_from([1e-12, 1e-3, 0.01, 0.5, 1.0])
 _SIGMA = st.floats(0.3, 30) | st.sampled_from([0.0, 1e-3, 1e-12, 1.0, 1e9, math.inf])
@@ -28,7 +28,10 @@ def _release(draw: Any) -> Any:
     kind, valid = draw(
         st.sampled_from(
             [
-                (accounting.SubsampledGaussian, {"q_": _RATE, "sigma_": _SIGMA, "sampling": _SAMPLING, "overflow": _RATE}),
+                (
+                    accounting.SubsampledGaussian,
+                    {"q_": _RATE, "sigma_": _SIGMA, "sampling": _SAMPLING, "overflow": _RATE},
+                ),
                 (accounting.SubsampledGaussian, {"q_": _RATE, "sigma_": _SIGMA}),
                 (accounting.Laplace, {"scale_": st.floats(0.01, 1e3)}),
                 (accounting.PureDP, {"epsilon_": _EPSILON}),
@@ -55,7 +58,9 @@ def releases(draw: Any) -> str:
     how, release = _release(draw)
     ledger = Ledger(adjacency=draw(_ADJACENCY))
     before = ledger.state_dict()
-    booked, _ = attempt(lambda: ledger.append(release if how == "ok" else draw(ANYTHING), draw(mostly(_COUNT))))
+    booked, _ = attempt(
+        lambda: ledger.append(release if how == "ok" else draw(ANYTHING), draw(mostly(_COUNT)))
+    )
     if booked != "ok":
         assert ledger.state_dict() == before
     assert Ledger.from_state_dict(json.loads(json.dumps(ledger.state_dict(), allow_nan=False))) == ledger
@@ -64,8 +69,7 @@ def releases(draw: Any) -> str:
 
 def accountants(draw: Any) -> str:
     """Questions to an accountant; what it says is a bound in its range, and asking changes nothing."""
-    how, accountant = attempt(
-        lambda: create_accountant(**arguments(draw, name_=_NAME, adjacency=_ADJACENCY)))
+    how, accountant = attempt(lambda: create_accountant(**arguments(draw, name_=_NAME, adjacency=_ADJACENCY)))
     if how != "ok":
         return how
     accountant = _accountant(draw)
@@ -125,7 +129,13 @@ def calibration(draw: Any) -> str:
     how, found = attempt(lambda: solve(**given))
     if how != "ok":
         return how
-    given = {"accountant": "pld", "adjacency": "add_remove", "sampling": "poisson", "overflow": 0.0, "spent": ()} | given
+    given = {
+        "accountant": "pld",
+        "adjacency": "add_remove",
+        "sampling": "poisson",
+        "overflow": 0.0,
+        "spent": (),
+    } | given
     name = solve.__name__.removeprefix("calibrate_")
     given |= {{"noise": "noise_multiplier"}.get(name, name): found}
     accountant = create_accountant(given["accountant"], given["adjacency"])
@@ -141,7 +151,9 @@ def calibration(draw: Any) -> str:
 
 def curves(draw: Any) -> str:
     """Figures about attackers."""
-    source = st.just(_accountant(draw)) | st.sampled_from([lambda e: math.exp(-e), lambda e: 2.0, lambda e: "x"])
+    source = st.just(_accountant(draw)) | st.sampled_from(
+        [lambda e: math.exp(-e), lambda e: 2.0, lambda e: "x"]
+    )
     prior, size = st.floats(0, 1), st.integers(1, 5)
     kind = draw(st.sampled_from(["advantage", "risk", "curve", "gdp", "rdp", "convert"]))
     if kind == "advantage":
@@ -154,21 +166,27 @@ def curves(draw: Any) -> str:
         assert how != "ok" or 0 <= value <= 0.5
     elif kind == "curve":
         alpha = st.lists(st.floats(0, 1), max_size=4) | prior
-        given = arguments(draw, source_=source, alpha_=alpha, group_size=size, tolerance=st.sampled_from([0.1, 0.01]))
+        given = arguments(
+            draw, source_=source, alpha_=alpha, group_size=size, tolerance=st.sampled_from([0.1, 0.01])
+        )
         how, value = attempt(lambda: accounting.trade_off_curve(**given))
         assert how != "ok" or bool(((value >= 0) & (value <= 1)).all())
     elif kind == "gdp":
         events = st.just(_accountant(draw).history) | st.just([(accounting.Laplace(1.0), 2)])
         which = draw(st.booleans())
         how, _ = attempt(
-            lambda: accounting.gdp_epsilon(**arguments(draw, events_=events, delta_=_DELTA, adjacency=_ADJACENCY))
-            if which
-            else accounting.gdp_mu(**arguments(draw, events_=events, adjacency=_ADJACENCY))
+            lambda: (
+                accounting.gdp_epsilon(**arguments(draw, events_=events, delta_=_DELTA, adjacency=_ADJACENCY))
+                if which
+                else accounting.gdp_mu(**arguments(draw, events_=events, adjacency=_ADJACENCY))
+            )
         )
     elif kind == "rdp":
         orders = st.just(np.array([1.5, 2.0, 30.0])) | st.just(np.array([]))
         how, _ = attempt(
-            lambda: accounting.subsampled_gaussian_rdp(**arguments(draw, q_=_RATE, sigma_=_SIGMA, orders=orders))
+            lambda: accounting.subsampled_gaussian_rdp(
+                **arguments(draw, q_=_RATE, sigma_=_SIGMA, orders=orders)
+            )
         )
     else:
         rdp, orders = st.just(np.array([0.1, 0.2, 3.0])), st.just(np.array([1.5, 2.0, 30.0]))

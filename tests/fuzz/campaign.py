@@ -1,6 +1,6 @@
 """`make fuzz`: every target with so many cases, and how they ended.
 
-    python tests/fuzz/campaign.py [--cases 10000] [--seed 0] [GROUP or TARGET …]
+python tests/fuzz/campaign.py [--cases 10000] [--seed 0] [GROUP or TARGET …]
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from fuzz.bounds import Slow
+from fuzz.targets import GROUPS
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.errors import HypothesisException
-
-from fuzz.bounds import Slow
-from fuzz.targets import GROUPS
 
 _CERTIFIED = {"accountants", "calibration", "curves", "epsilon", "calibrate", "ledgers"}
 
@@ -75,7 +74,9 @@ def run(name: str, target: Callable[[Any], str], cases: int, number: int) -> tup
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", type=int, default=10_000, help="of each group (default 10000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("chosen", nargs="*", metavar="NAME", help="groups or targets; default: all")

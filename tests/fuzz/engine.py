@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fuzz.bounds import DOCUMENTED, attempt
+from fuzz.options import NORM
+from fuzz.values import ANYTHING, PLAIN, arguments, changed, damaged
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -18,9 +21,6 @@ from adaclip.clipping import AdaptiveClipping
 from adaclip.groups import LabelGroups
 from adaclip.schedules import Linear, Piecewise
 from adaclip.smoothing import NoiseCorrectedNadam, SmoothedLoss
-from fuzz.bounds import DOCUMENTED, attempt
-from fuzz.options import NORM
-from fuzz.values import ANYTHING, PLAIN, arguments, changed, damaged
 
 _BOTH = (*DOCUMENTED, RuntimeError)  # RuntimeError: an engine or a run in the wrong state
 
@@ -36,7 +36,11 @@ def _loader() -> DataLoader:
 def _snapshot(model: nn.Module) -> list[Any]:
     """The parameters, and what each module and parameter carries besides."""
     held = [(name, p.detach().clone().tolist(), p.grad) for name, p in model.named_parameters()]
-    return [held, [sorted(m.__dict__) for m in model.modules()], [len(m._forward_hooks) for m in model.modules()]]
+    return [
+        held,
+        [sorted(m.__dict__) for m in model.modules()],
+        [len(m._forward_hooks) for m in model.modules()],
+    ]
 
 
 def _train(model: nn.Module, optimizer: Any, loader: Any, steps: int = 2) -> None:
@@ -62,10 +66,21 @@ def _options(model: nn.Module) -> dict[str, st.SearchStrategy]:
         "max_grad_norm": st.none() | NORM | st.lists(NORM, min_size=2, max_size=2),
         "poisson_sampling": st.booleans(),
         "clipping": st.sampled_from(
-            ["flat", "per_layer", "adaptive", "automatic", "psac", "dc_sgd", "dc_sgd_error", AdaptiveClipping(2.0)]
+            [
+                "flat",
+                "per_layer",
+                "adaptive",
+                "automatic",
+                "psac",
+                "dc_sgd",
+                "dc_sgd_error",
+                AdaptiveClipping(2.0),
+            ]
         ),
         "noise_schedule": st.none() | st.just(Linear(1.0, 0.5, 9)) | st.just(Piecewise(((0, 1.0), (3, 2.0)))),
-        "groups": st.none() | st.just(LabelGroups(groups=2)) | st.just(LabelGroups("reweight", groups=[0, 0])),
+        "groups": st.none()
+        | st.just(LabelGroups(groups=2))
+        | st.just(LabelGroups("reweight", groups=[0, 0])),
         "labels": st.none() | st.just(lambda batch: batch[1]),
         "smoothing": st.none() | st.just(SmoothedLoss(0.01)) | st.just(SmoothedLoss(0.01, signal="always")),
         "views_per_sample": st.integers(1, 3),
@@ -109,7 +124,10 @@ def make_private(draw: Any) -> str:
         return how
     private, optimizer, loader = made
     views = given.get("views_per_sample", 1)
-    if views > 50 or max(given.get("max_batch_size") or 0, loader.max_batch_size or 0, loader.pad_to or 0) > 10**5:
+    if (
+        views > 50
+        or max(given.get("max_batch_size") or 0, loader.max_batch_size or 0, loader.pad_to or 0) > 10**5
+    ):
         engine.detach()
         return "a batch of gigabytes"
     # A step is made and booked, or refused with a reason and then not booked with less than it released.
@@ -139,7 +157,9 @@ def budgets(draw: Any) -> str:
     engine.accountant.step(0.1, 1.0, draw(st.integers(0, 3)))
     before, spent = engine._budget, engine.accountant.state_dict()
     if draw(st.booleans()):
-        how, value = attempt(lambda: engine.get_epsilon(**arguments(draw, delta_=st.sampled_from([1e-5, 0.1]))))
+        how, value = attempt(
+            lambda: engine.get_epsilon(**arguments(draw, delta_=st.sampled_from([1e-5, 0.1])))
+        )
         assert how != "ok" or value >= 0
     else:
         given = arguments(draw, target_epsilon_=st.floats(0.1, 9), target_delta_=st.sampled_from([1e-5, 0.1]))
@@ -172,7 +192,9 @@ class _Run:
         file = io.BytesIO()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "c.pt")
-            self.engine.save_checkpoint(path, module=self.model, optimizer=self.optimizer, extra={"a": [1, None]})
+            self.engine.save_checkpoint(
+                path, module=self.model, optimizer=self.optimizer, extra={"a": [1, None]}
+            )
             file.write(path.read_bytes())
         self.saved = file.getvalue()
 
@@ -204,7 +226,12 @@ def checkpoints(draw: Any) -> str:
         content = damaged(draw, content)
     else:
         tensors = st.sampled_from(
-            [torch.zeros(2), torch.full((3, 4), math.nan), torch.tensor(1), torch.zeros(1, dtype=torch.float64)]
+            [
+                torch.zeros(2),
+                torch.full((3, 4), math.nan),
+                torch.tensor(1),
+                torch.zeros(1, dtype=torch.float64),
+            ]
         )
         state = changed(draw, torch.load(io.BytesIO(content), weights_only=True), PLAIN | tensors)
         file = io.BytesIO()
@@ -239,9 +266,13 @@ def saving(draw: Any) -> str:
             path_=st.just(path) | st.just(str(path)) | st.just(Path(folder, "no", "such.pt")),
             module_=st.just(run.model),
             optimizer_=st.just(run.optimizer),
-            extra=st.none() | st.dictionaries(st.text(max_size=3), PLAIN, max_size=3) | ANYTHING.map(lambda v: {"v": v}),
+            extra=st.none()
+            | st.dictionaries(st.text(max_size=3), PLAIN, max_size=3)
+            | ANYTHING.map(lambda v: {"v": v}),
         )
-        how, _ = attempt(lambda: run.engine.save_checkpoint(**given), (*DOCUMENTED, OSError), deliberate=False)
+        how, _ = attempt(
+            lambda: run.engine.save_checkpoint(**given), (*DOCUMENTED, OSError), deliberate=False
+        )
         if how == "ok":
             extra = run.engine.load_checkpoint(given["path"], module=run.model, optimizer=run.optimizer)
             assert repr(extra) == repr(given.get("extra") or {})

@@ -8,6 +8,8 @@ import math
 from typing import Any
 
 import torch
+from fuzz.bounds import attempt
+from fuzz.values import PLAIN, arguments, changed, mostly
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -18,8 +20,6 @@ from adaclip.epochs import EpochLoader
 from adaclip.groups import LabelGroups
 from adaclip.noise import NoiseSource
 from adaclip.sampler import PoissonLoader
-from fuzz.bounds import attempt
-from fuzz.values import PLAIN, arguments, changed, mostly
 
 NORM = st.floats(1e-3, 1e3) | st.sampled_from([1e-30, 1.0, 1e30])
 _FRACTION = st.floats(0.01, 0.99)
@@ -39,6 +39,10 @@ def _like(draw: Any, state: Any) -> Any:
         ]
     )
     return changed(draw, state, PLAIN | tensors)
+
+
+def _check_thresholds(strategy: Any) -> None:
+    assert bool(((strategy.thresholds > 0) & strategy.thresholds.isfinite()).all())
 
 
 def strategies(draw: Any) -> str:
@@ -101,15 +105,16 @@ def strategies(draw: Any) -> str:
     how, groups = attempt(lambda: strategy.bind(setting))
     if how != "ok":
         return f"bind: {how}"
-    assert groups in (1, 2) and strategy.thresholds.shape == (groups,)
-    assert bool((strategy.thresholds > 0).all()) and bool(strategy.thresholds.isfinite().all())
+    assert groups in (1, 2)
+    assert strategy.thresholds.shape == (groups,)
+    _check_thresholds(strategy)
     strategy.begin(0)
     before = strategy.state_dict()
     state = _like(draw, before)
     how, _ = attempt(lambda: strategy.check_state(state))
     if how == "ok":
         strategy.load_state_dict(state)
-        assert bool((strategy.thresholds > 0).all()) and bool(strategy.thresholds.isfinite().all())
+        _check_thresholds(strategy)
     else:
         assert repr(before) == repr(strategy.state_dict())
     return f"state: {how}"
@@ -117,7 +122,9 @@ def strategies(draw: Any) -> str:
 
 def groups(draw: Any) -> str:
     """Label groups: made, given labels and a state."""
-    tables = st.lists(st.integers(0, 3), max_size=5) | st.dictionaries(st.integers(0, 3), st.integers(0, 2), max_size=3)
+    tables = st.lists(st.integers(0, 3), max_size=5) | st.dictionaries(
+        st.integers(0, 3), st.integers(0, 2), max_size=3
+    )
     how, made = attempt(
         lambda: LabelGroups(
             **arguments(
@@ -147,13 +154,17 @@ def groups(draw: Any) -> str:
 
 def noise_schedules(draw: Any) -> str:
     """Schedules: made, asked, described and made again."""
-    kind = draw(st.sampled_from([schedules.Linear, schedules.Exponential, schedules.Cosine, schedules.Piecewise]))
+    kind = draw(
+        st.sampled_from([schedules.Linear, schedules.Exponential, schedules.Cosine, schedules.Piecewise])
+    )
     factor = st.floats(1e-3, 1e3)
     if kind is schedules.Piecewise:
         pieces = st.lists(st.tuples(st.integers(0, 20), factor), max_size=3).map(lambda p: [(0, 1.0), *p])
         how, made = attempt(lambda: kind(**arguments(draw, pieces_=pieces)))
     else:
-        how, made = attempt(lambda: kind(**arguments(draw, start_=factor, end_=factor, steps_=st.integers(1, 50))))
+        how, made = attempt(
+            lambda: kind(**arguments(draw, start_=factor, end_=factor, steps_=st.integers(1, 50)))
+        )
     if how != "ok":
         return how
     t = draw(mostly(st.integers(0, 60)))
@@ -173,11 +184,53 @@ def optimizers(draw: Any) -> str:
     kind, valid = draw(
         st.sampled_from(
             [
-                (smoothing.SmoothedLoss, {"tau": rate, "signal": st.sampled_from(["snr", "plateau", "always"]), "threshold": NORM, "every": _SMALL, "decay": _FRACTION, "refresh": _SMALL}),
+                (
+                    smoothing.SmoothedLoss,
+                    {
+                        "tau": rate,
+                        "signal": st.sampled_from(["snr", "plateau", "always"]),
+                        "threshold": NORM,
+                        "every": _SMALL,
+                        "decay": _FRACTION,
+                        "refresh": _SMALL,
+                    },
+                ),
                 (smoothing.moving_average, {"model_": st.just(model), "decay_": _FRACTION}),
-                (smoothing.DPAdamBC, {"params_": params, "lr": rate, "betas": betas, "gamma": NORM, "weight_decay": rate, "noise_std": rate}),
-                (smoothing.DiSK, {"params_": params, "lr_": rate, "kappa": _FRACTION, "weight_decay": rate, "lookahead": _FLAG}),
-                (smoothing.NoiseCorrectedNadam, {"params_": params, "lr": rate, "betas": betas, "eps": NORM, "weight_decay": rate, "noise_std": rate, "floor": NORM, "absolute_floor": rate, "nesterov": _FLAG}),
+                (
+                    smoothing.DPAdamBC,
+                    {
+                        "params_": params,
+                        "lr": rate,
+                        "betas": betas,
+                        "gamma": NORM,
+                        "weight_decay": rate,
+                        "noise_std": rate,
+                    },
+                ),
+                (
+                    smoothing.DiSK,
+                    {
+                        "params_": params,
+                        "lr_": rate,
+                        "kappa": _FRACTION,
+                        "weight_decay": rate,
+                        "lookahead": _FLAG,
+                    },
+                ),
+                (
+                    smoothing.NoiseCorrectedNadam,
+                    {
+                        "params_": params,
+                        "lr": rate,
+                        "betas": betas,
+                        "eps": NORM,
+                        "weight_decay": rate,
+                        "noise_std": rate,
+                        "floor": NORM,
+                        "absolute_floor": rate,
+                        "nesterov": _FLAG,
+                    },
+                ),
             ]
         )
     )
@@ -194,7 +247,9 @@ def optimizers(draw: Any) -> str:
 
 
 def _is_params(value: Any) -> bool:
-    return isinstance(value, nn.Module) or (isinstance(value, list) and bool(value) and not isinstance(value[0], float))
+    return isinstance(value, nn.Module) or (
+        isinstance(value, list) and bool(value) and not isinstance(value[0], float)
+    )
 
 
 def noise_sources(draw: Any) -> str:
@@ -209,12 +264,25 @@ def noise_sources(draw: Any) -> str:
         if isinstance(given["n"], int) and 10**7 < given["n"] <= 2**35:
             return "n of many gigabytes"
         how, taken = attempt(lambda: source.bernoulli(**given))
-        assert how != "ok" or (len(taken) <= given["n"] and (len(taken) < 2 or (taken[1:] > taken[:-1]).all()))
+        assert how != "ok" or (
+            len(taken) <= given["n"] and (len(taken) < 2 or (taken[1:] > taken[:-1]).all())
+        )
         return f"bernoulli: {how}"
     shape = draw(st.lists(st.integers(0, 5), max_size=3))
-    dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16]))
+    dtype = draw(
+        st.sampled_from([torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    )
     tensor = torch.ones(shape, dtype=dtype)
-    given = arguments(draw, tensor_=st.just(tensor), step_=step, stream=stream, std=NORM, first_chunk=_SMALL, add=_FLAG, backend=st.sampled_from(["auto", "reference", "cpp"]))
+    given = arguments(
+        draw,
+        tensor_=st.just(tensor),
+        step_=step,
+        stream=stream,
+        std=NORM,
+        first_chunk=_SMALL,
+        add=_FLAG,
+        backend=st.sampled_from(["auto", "reference", "cpp"]),
+    )
     how, _ = attempt(lambda: source.normal_(**given))
     assert how == "ok" or bool((tensor == 1).all())
     return f"normal_: {how}"
@@ -248,9 +316,15 @@ _GRADS = st.sampled_from(
 
 def functionals(draw: Any) -> str:
     """adaclip.functional; without noise, what is released is no longer than C times the samples."""
-    which = draw(st.sampled_from(["clip_and_noise", "clip_and_noise", "clip_factors", "sample_sqnorms", "weighted_sum"]))
+    which = draw(
+        st.sampled_from(
+            ["clip_and_noise", "clip_and_noise", "clip_factors", "sample_sqnorms", "weighted_sum"]
+        )
+    )
     if which == "clip_factors":
-        norms = st.sampled_from([torch.tensor([0.0, 1.0, math.inf, math.nan, -3.0], dtype=torch.float64), torch.ones(0)])
+        norms = st.sampled_from(
+            [torch.tensor([0.0, 1.0, math.inf, math.nan, -3.0], dtype=torch.float64), torch.ones(0)]
+        )
         given = arguments(draw, norms_=norms, max_grad_norm_=NORM)
         how, factors = attempt(lambda: functional.clip_factors(**given))
         assert how != "ok" or bool(((factors >= 0) & (factors <= 1)).all())
@@ -259,7 +333,9 @@ def functionals(draw: Any) -> str:
         how, _ = attempt(lambda: functional.sample_sqnorms(**arguments(draw, per_sample_grads_=_GRADS)))
         return f"{which}: {how}"
     if which == "weighted_sum":
-        factors = st.sampled_from([torch.ones(3), torch.zeros(3, dtype=torch.float64), torch.ones(0), torch.ones(3, 1)])
+        factors = st.sampled_from(
+            [torch.ones(3), torch.zeros(3, dtype=torch.float64), torch.ones(0), torch.ones(3, 1)]
+        )
         how, _ = attempt(lambda: functional.weighted_sum(**arguments(draw, x_=_GRADS, factors_=factors)))
         return f"{which}: {how}"
     given = arguments(
@@ -273,13 +349,21 @@ def functionals(draw: Any) -> str:
         stream=st.integers(0, 2**32 - 1),
         return_norms=_FLAG,
     )
-    before = copy.deepcopy(given["per_sample_grads"]) if isinstance(given["per_sample_grads"], torch.Tensor) and given["per_sample_grads"].is_leaf else None
+    before = (
+        copy.deepcopy(given["per_sample_grads"])
+        if isinstance(given["per_sample_grads"], torch.Tensor) and given["per_sample_grads"].is_leaf
+        else None
+    )
     how, made = attempt(lambda: functional.clip_and_noise(**given))
     if before is not None and before.device.type == "cpu" and not before.is_sparse:
         assert torch.equal(before.nan_to_num(), given["per_sample_grads"].nan_to_num())
     if how == "ok" and given["noise_multiplier"] == 0 and given.get("denominator") in (None, 2.0):
         released = made[0] if given.get("return_norms") else made
-        parts = [released] if isinstance(released, torch.Tensor) else list(released.values() if isinstance(released, dict) else released)
+        parts = (
+            [released]
+            if isinstance(released, torch.Tensor)
+            else list(released.values() if isinstance(released, dict) else released)
+        )
         length = math.sqrt(sum(float(p.double().square().sum()) for p in parts))
         assert not math.isnan(length)
         assert length <= 3 * given["max_grad_norm"] * 1.01 or given["max_grad_norm"] < 1e-20
@@ -296,7 +380,12 @@ def loaders(draw: Any) -> str:
     x, y = torch.randn(12, 2), torch.arange(12)
     data = st.sampled_from([TensorDataset(x, y), (x, y), x, [x], list(zip(x, y, strict=True))])
     rows = st.none() | st.integers(1, 12)
-    options = {"max_batch_size": rows, "pad_to": rows | st.just("auto"), "views": st.just(1) | _SMALL, "augmentation": st.none()}
+    options = {
+        "max_batch_size": rows,
+        "pad_to": rows | st.just("auto"),
+        "views": st.just(1) | _SMALL,
+        "augmentation": st.none(),
+    }
     if draw(st.booleans()):
         given = arguments(
             draw, dataset_=data, sample_rate_=st.floats(0.05, 1), steps_per_epoch=st.integers(1, 3), **options,

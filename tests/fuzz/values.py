@@ -45,7 +45,7 @@ _OTHERS: tuple[Any, ...] = (
     object,
     lambda: int,
     lambda: len,
-    lambda: (lambda *_: math.nan),
+    lambda: lambda *_: math.nan,
     lambda: iter([1]),
     lambda: Fraction(1, 3),
     lambda: Decimal("0.5"),
@@ -118,7 +118,9 @@ def _changed_once(draw: Any, tree: Any, leaf: st.SearchStrategy) -> Any:
     deeper = isinstance(tree, dict | list) and len(tree) > 0 and draw(st.integers(0, 4)) > 0
     if not deeper:
         return copy.deepcopy(draw(leaf))  # what strategies hold is not to be written to
-    key = draw(st.sampled_from(sorted(tree, key=repr)) if isinstance(tree, dict) else st.integers(0, len(tree) - 1))
+    key = draw(
+        st.sampled_from(sorted(tree, key=repr)) if isinstance(tree, dict) else st.integers(0, len(tree) - 1)
+    )
     how = draw(st.sampled_from(["inside", "inside", "inside", "remove", "double"]))
     if how == "inside":
         tree[key] = _changed_once(draw, tree[key], leaf)
