@@ -129,15 +129,15 @@ def check(
 
 def restore(state: dict[str, Any], module: nn.Module, optimizer: DPOptimizer, loader: LoaderBase) -> None:
     """Continue from `state`, which `check` has passed."""
-    # First: only torch's optimizers know what they can load, and one that cannot leaves everything as it is.
-    try:
-        optimizer.load_state_dict(state["optimizer"])
-    except Exception as error:  # it may hold anything
-        raise ValueError(f"the checkpoint's optimizer state cannot be loaded: {error}") from error
     for name, part in _parts(optimizer).items():
         if part is not None:
             part.load_state_dict(state["parts"][name]["state"])
     loader.load_state_dict(state["loader"])
+    # After the parts: a smoothing leaves its evaluation point by the state that took it there.
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+    except Exception as error:  # only torch's optimizers know what they can load, and it may be anything
+        raise ValueError(f"the checkpoint's optimizer state cannot be loaded: {error}") from error
     module.load_state_dict(state["module"])
     optimizer.releases = max(optimizer.releases, state["releases"])
 

@@ -91,10 +91,11 @@ def subsampled_gaussian_rdp(q: float, sigma: float, orders: np.ndarray | None = 
 
 def _checked_orders(orders: object) -> np.ndarray:
     made = np.atleast_1d(checks.array("orders", orders, "an array of orders > 1"))
+    if made.ndim != 1:
+        raise ValueError(f"orders must be [n], got shape {made.shape}")
     bad = made[~((made > 1.0) & np.isfinite(made))]
-    if made.ndim != 1 or bad.size:
-        got = f"shape {made.shape}" if made.ndim != 1 else repr(float(bad[0]))
-        raise ValueError(f"orders must be [n], each > 1 and finite, got {got}")
+    if bad.size:
+        raise ValueError(f"orders must be > 1 and finite, got {float(bad[0])!r}")
     return made
 
 

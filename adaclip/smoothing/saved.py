@@ -14,6 +14,8 @@ def check_smoothing(state: Any, parameters: int, ours: Mapping[str, Any] | None)
     """Raise ValueError unless `state` is a smoothing's of so many parameters; ours: its condition's state, if it has one."""
     if not isinstance(state, Mapping) or state.keys() != {"scales", "signal"}:
         raise ValueError(f"the smoothing's state must hold scales and signal, got {_short(state)}")
+    if isinstance(state["scales"], list) and len(state["scales"]) != parameters:
+        raise ValueError(f"the smoothing's state is of {len(state['scales'])} parameters, got {parameters}")
     signal = state["signal"]
     if (signal is None) != (ours is None):
         raise ValueError("the smoothing's state is of a run with another smoothing")
