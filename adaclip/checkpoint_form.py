@@ -42,7 +42,7 @@ def check_form(state: Mapping[str, Any], parts: tuple[str, ...]) -> None:
             raise ValueError(f"the checkpoint is damaged: its module's {_short(name)} is {_short(value)}")
     for name in parts:
         part = state["parts"].get(name)
-        whole = isinstance(part, dict) and isinstance(part.get("config"), dict) and "state" in part
+        whole = isinstance(part, dict) and {"config", "state"} <= part.keys()
         if name not in state["parts"] or not (part is None or whole):
             raise ValueError(f"the checkpoint is damaged: its {name} is {_short(part)}")
     for name in ("step", "epoch"):
