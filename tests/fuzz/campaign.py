@@ -19,12 +19,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fuzz.bounds import Slow
-from fuzz.targets import GROUPS
+from fuzz.targets import CERTIFIED, GROUPS
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.errors import HypothesisException
-
-_CERTIFIED = {"accountants", "calibration", "curves", "epsilon", "calibrate", "ledgers"}
 
 
 def run(name: str, target: Callable[[Any], str], cases: int, number: int) -> tuple[Counter, dict[str, str]]:
@@ -58,7 +56,7 @@ def run(name: str, target: Callable[[Any], str], cases: int, number: int) -> tup
         except Slow as error:
             # Certified accounting of releases at the ends of the ranges can take minutes. It is counted, and shown.
             ended["SLOW"] += 1
-            if name not in _CERTIFIED:
+            if name not in CERTIFIED:
                 failures["too slow"] = f"{error}; drawn: {', '.join(repr(d)[:200] for d in drawn)}"
         except Exception as error:
             ended["FAILED"] += 1
