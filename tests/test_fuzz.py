@@ -1,21 +1,16 @@
 """A few cases of every fuzz target; `make fuzz` runs thousands. A target's own assertions say what must hold."""
 
+import contextlib
 import os
 
 import pytest
-from fuzz.targets import GROUPS
+from fuzz.bounds import Slow
+from fuzz.targets import CERTIFIED, GROUPS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 # Cases of each target: a second or so.
-_SLOW = {
-    "calibration": 5,
-    "curves": 15,
-    "accountants": 15,
-    "images": 30,
-    "run_folders": 12,
-    "make_private": 30,
-}
+_SLOW = {"calibration": 3, "calibrate": 3, "curves": 8, "accountants": 8, "epsilon": 8, "run_folders": 8}
 _TARGETS = {name: target for targets in GROUPS.values() for name, (target, _) in targets.items()}
 
 
@@ -25,14 +20,15 @@ def test_a_few_cases(name, tmp_path, monkeypatch, one_thread):
     monkeypatch.chdir(tmp_path)
 
     @settings(
-        max_examples=_SLOW.get(name, 40),
+        max_examples=_SLOW.get(name, 25),
         deadline=None,
         derandomize=True,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
     )
     @given(st.data())
     def cases(data):
-        assert _TARGETS[name](data.draw)
+        with contextlib.suppress(Slow) if name in CERTIFIED else contextlib.nullcontext():
+            assert _TARGETS[name](data.draw)
 
     cases()
     assert os.getcwd() == str(tmp_path)
