@@ -3,6 +3,8 @@
 # make bench   likewise, and runs the benchmarks
 # make faults  likewise, and kills 200 training runs, resumes them, and looks at what each has left
 # make gpu     on a machine with a GPU, where adaclip is installed: tests and benchmarks of it, in under 8 minutes
+# make fuzz    10,000 cases of the API, of each data reader and of the command line with inputs of every kind, in some minutes
+# make sanitize  the C++ core under the address, undefined-behavior and thread sanitizers of g++, in about three minutes
 # Needs Python >= 3.10 with venv, make and a C++17 compiler. Repeated calls do only what has changed.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -22,7 +24,7 @@ FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.in
 # What runs on a GPU: .venv if it is made, else the Python that adaclip was installed in: an active environment's.
 GPU_PYTHON ?= $(if $(wildcard $(VENV)/.installed),$(CURDIR)/$(BIN)/python,python3)
 
-.PHONY: train mnist test bench faults gpu sanitize-gpu lint format clean
+.PHONY: train mnist test bench faults fuzz gpu sanitize sanitize-gpu lint format clean
 
 train: $(VENV)/.installed
 	$(BIN)/adaclip train --dataset mnist-mini $(ARGS)
@@ -46,6 +48,13 @@ faults: $(VENV)/.test
 # Writes bench/results/gpu-<name>-<date>.json and .md after every measurement; ARGS='--only conv' for a part of it.
 gpu:
 	$(GPU_PYTHON) -m bench.gpu $(ARGS)
+
+# ARGS='--seed 1' for other cases, ARGS=images for one group of targets; tests/test_fuzz.py runs a few of each.
+fuzz: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/campaign.py $(ARGS)
+
+sanitize: $(VENV)/.test
+	PATH="$(CURDIR)/$(BIN):$$PATH" SANITIZE_PYTHON=$(CURDIR)/$(BIN)/python tests/sanitize/run.sh
 
 # In tests/: the folder above would hide an installed adaclip behind its sources. Without torch's cache of memory every
 # tensor is an allocation of its own, whose ends memcheck knows. Without a GPU or the kernels it fails, and skips nothing.

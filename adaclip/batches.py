@@ -141,6 +141,10 @@ class LoaderBase:
 
     def _load_counters(self, state: Mapping[str, Any]) -> None:
         # Forward only: going back would draw again from a keystream position that has been used.
+        for name in ("step", "epoch"):
+            if not isinstance(state, Mapping) or name not in state:
+                raise ValueError(f"the loader's state must be a mapping that holds {name!r}, got {state!r}")
+            check_count(f"the loader's {name}", state[name], minimum=0)
         self._step = max(self._step, state["step"])
         self._epoch = max(self._epoch, state["epoch"])
         self._begin()

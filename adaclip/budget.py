@@ -9,6 +9,7 @@ from typing import Any
 from adaclip.accounting import Event, Ledger, Release
 from adaclip.accounting.filters import RDPFilter
 from adaclip.errors import PrivacyBudgetExceeded
+from adaclip.ranges import holds
 
 __all__ = ["Budget"]
 
@@ -43,9 +44,9 @@ class Budget:
     """
 
     def __init__(self, epsilon: float, delta: float, plan: Sequence[Event] | None = None):
-        if not 0 < epsilon < math.inf:
+        if not holds(epsilon, lambda v: 0 < v < math.inf):
             raise ValueError(f"target_epsilon must be a positive finite number, got {epsilon!r}")
-        if not 0 < delta < 1:
+        if not holds(delta, lambda v: 0 < v < 1):
             raise ValueError(f"target_delta must be in (0, 1), got {delta!r}")
         self.epsilon, self.delta = float(epsilon), float(delta)
         # A ledger puts equal neighbors together, as the ledger that is compared does.
@@ -118,12 +119,17 @@ class Budget:
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Budget:
         """The budget that `state_dict` described; ValueError if it is damaged."""
+        if not isinstance(state, Mapping) or not {"epsilon", "delta", "plan", "filter"} <= state.keys():
+            raise ValueError(f"a budget's state must have epsilon, delta, plan and filter, got {state!r}")
         plan = state["plan"]
         if (plan is None) == (state["filter"] is None):
             raise ValueError("a budget must have either a plan or a filter")
         if plan is None:
             budget = cls(state["epsilon"], state["delta"])
-            budget.filter = RDPFilter.from_state_dict(state["filter"])
+            try:
+                budget.filter = RDPFilter.from_state_dict(state["filter"])
+            except TypeError as error:
+                raise ValueError(f"a budget's {error}") from error
             return budget
         return cls(state["epsilon"], state["delta"], Ledger.from_state_dict(plan).events)
 

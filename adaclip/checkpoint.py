@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from adaclip.accounting import Accountant, Ledger
 from adaclip.batches import LoaderBase
 from adaclip.budget import Budget
 from adaclip.checkpoint_archive import check_archive
+from adaclip.checkpoint_form import check_extra, check_form
 from adaclip.files import Output, replace_file
 from adaclip.optimizer import DPOptimizer
 from adaclip.shards import cut, cut_like, is_sharded, whole_state
@@ -86,10 +86,11 @@ def collect(
 ) -> dict[str, Any]:
     """What a checkpoint holds: everything that a run continues from, but the noise key.
 
-    Raises:
-        TypeError: `extra` has a value that could not be loaded again; the message says where.
+    Raises TypeError for an `extra` that is no dict of plain values: it could not be read again.
     """
-    _check_plain(extra or {}, "extra")
+    if extra is not None and not isinstance(extra, dict):
+        raise TypeError(f"extra must be a dict or None, got {type(extra).__name__}")
+    check_extra(extra)
     return {
         "module": whole_state(dict(module.state_dict())),
         "optimizer": whole_state(optimizer.state_dict()),
@@ -103,7 +104,7 @@ def collect(
         "releases": optimizer.releases,
         "loader": loader.state_dict(),
         "budget": None if budget is None else budget.state_dict(),
-        "extra": extra or {},
+        "extra": {} if extra is None else extra,
     }
 
 
@@ -120,11 +121,11 @@ def check(
     budget: that of the run it is loaded into, which goes before the checkpoint's own.
     """
     try:
+        check_form(state, tuple(_parts(optimizer)))
         check_module(state["module"], module)
         _check_kinds(state["kinds"], _kinds(optimizer, loader))
         with _damage():
             _check_optimizer(state["optimizer"], optimizer)
-            _check_counters(state)
             ledger = Ledger.from_state_dict(state["accountant"])
             saved = None if state["budget"] is None else Budget.from_state_dict(state["budget"])
         _check_kinds({"adjacency": ledger.adjacency}, {"adjacency": accountant.adjacency})
@@ -167,7 +168,11 @@ def restore(
         if part is not None:
             part.load_state_dict(state["parts"][name]["state"])
     loader.load_state_dict(state["loader"])
-    optimizer.load_state_dict(_as_held(state["optimizer"], optimizer))
+    # After the parts: a smoothing leaves its evaluation point by the state that took it there.
+    try:
+        optimizer.load_state_dict(_as_held(state["optimizer"], optimizer))
+    except Exception as error:  # only torch's optimizers know what they can load, and it may be anything
+        raise ValueError(f"the checkpoint's optimizer state cannot be loaded: {error}") from error
     ours = module.state_dict()
     module.load_state_dict(
         {k: cut(t, ours[k]) if is_sharded(ours[k]) else t for k, t in state["module"].items()}
@@ -255,36 +260,6 @@ def _check_optimizer(saved: dict[str, Any], optimizer: DPOptimizer) -> None:
             raise ValueError(f"the optimizer's parameter groups lack {', '.join(sorted(lacking))}")
 
 
-def _check_counters(state: dict[str, Any]) -> None:
-    """Raise ValueError unless positions in the keystream are counts."""
-    counters = {"releases": state["releases"]} | {k: state["loader"][k] for k in ("step", "epoch")}
-    for name, value in counters.items():
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:
-            raise ValueError(f"{name} must be a count, got {value!r}")
-
-
-_PLAIN = (
-    *(str, bytes, int, float, bool, type(None)),
-    *(torch.Tensor, nn.Parameter, torch.Size, torch.dtype, torch.device),
-)
-
-
-def _check_plain(value: Any, where: str) -> None:
-    """Raise TypeError unless `load` would give `value` back."""
-    if type(value) in (dict, OrderedDict):
-        for key, item in value.items():
-            _check_plain(key, f"a key of {where}")
-            _check_plain(item, f"{where}[{key!r}]")
-    elif type(value) in (list, tuple):
-        for i, item in enumerate(value):
-            _check_plain(item, f"{where}[{i}]")
-    elif type(value) not in _PLAIN:
-        raise TypeError(
-            f"{where} must be a plain value (numbers, text, lists, tuples, dicts, tensors), got "
-            f"{type(value).__name__}: a checkpoint that holds it could not be loaded again"
-        )
-
-
 def _kinds(optimizer: DPOptimizer, loader: LoaderBase) -> dict[str, Any]:
     """What a run may only be continued with: plain values by name."""
     schedule = optimizer.noise_schedule
@@ -303,5 +278,5 @@ def _kinds(optimizer: DPOptimizer, loader: LoaderBase) -> dict[str, Any]:
 def _check_kinds(saved: dict[str, Any], ours: dict[str, Any]) -> None:
     """Raise ValueError unless `ours` are the checkpoint's."""
     for name, value in ours.items():
-        if saved[name] != value:
-            raise ValueError(f"{name} must be the checkpoint's {saved[name]!r}, got {value!r}")
+        if name not in saved or saved[name] != value:
+            raise ValueError(f"{name} must be the checkpoint's {saved.get(name)!r}, got {value!r}")

@@ -17,6 +17,7 @@ from . import ops
 from .backends import load
 from .clipping import check_norm, clip_factors
 from .noise import STREAM_GRADIENT, NoiseSource, address, check_chunks, checked_std, chunks
+from .ranges import holds
 
 __all__ = ["clip_and_noise", "clip_factors", "sample_sqnorms", "weighted_sum"]
 
@@ -93,7 +94,7 @@ def sample_sqnorms(per_sample_grads: Sequence[Tensor]) -> Tensor:
 
     Accumulated in float64; nan or inf where a sample has one. ValueError for other shapes or dtypes.
     """
-    return _sqnorms(_tensors(list(per_sample_grads)))
+    return _sqnorms(_tensors(per_sample_grads))
 
 
 def weighted_sum(x: Tensor, factors: Tensor) -> Tensor:
@@ -101,11 +102,14 @@ def weighted_sum(x: Tensor, factors: Tensor) -> Tensor:
 
     A row whose factor is 0 does not enter: it may hold nan or inf. ValueError for other shapes or dtypes.
     """
+    for name, t in (("x", x), ("factors", factors)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     (x,) = _tensors(x)
-    if factors.shape != x.shape[:1] or not factors.is_floating_point():
+    if factors.shape != x.shape[:1] or not factors.is_floating_point() or factors.device != x.device:
         raise ValueError(
-            f"factors must be floating [{x.shape[0]}], one per row of x, "
-            f"got {list(factors.shape)} of {factors.dtype}"
+            f"factors must be floating [{x.shape[0]}], one per row of x, on {x.device}, "
+            f"got {list(factors.shape)} of {factors.dtype} on {factors.device}"
         )
     return ops.weighted_sum(x, factors).to(x.dtype)
 
@@ -126,8 +130,10 @@ def _tensors(grads: object) -> list[Tensor]:
     for name, t in named.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-        if t.dim() == 0 or not t.is_floating_point() or t.layout != torch.strided:
-            raise ValueError(f"{name} must be dense floating [B, ...], got {list(t.shape)} of {t.dtype}")
+        if t.dim() == 0 or not t.is_floating_point() or t.layout != torch.strided or t.is_meta:
+            raise ValueError(
+                f"{name} must be dense floating [B, ...], got {list(t.shape)} of {t.dtype}, {t.layout}, on {t.device}"
+            )
         samples = t.shape[0] if samples is None else samples
         if t.shape[0] != samples:
             raise ValueError(f"{name} must have {samples} samples like {first}, got {t.shape[0]}")
@@ -143,9 +149,9 @@ def _like(grads: Grads, released: list[Tensor]) -> Grads:
 
 
 def _std(noise_multiplier: float, max_grad_norm: float) -> float:
-    if isinstance(noise_multiplier, bool) or not 0 <= noise_multiplier < math.inf:
+    if not holds(noise_multiplier, lambda v: 0 <= v < math.inf):
         raise ValueError(f"noise_multiplier must be finite and at least 0, got {noise_multiplier!r}")
-    return checked_std(noise_multiplier * max_grad_norm)
+    return checked_std(float(noise_multiplier) * max_grad_norm)
 
 
 def _sqnorms(tensors: list[Tensor]) -> Tensor:

@@ -14,6 +14,8 @@ from adaclip.clipping.base import Setting, SplitRelease, check_norm, check_tenso
 __all__ = ["LabelGroups"]
 
 _USES = ("report", "reweight", "select")
+# A state of this many numbers is kept and released in every step.
+_MOST_CLASSES = 1_000_000
 # Stands for 0 where it is divided by.
 _LEAST = 1e-300
 
@@ -73,7 +75,7 @@ class LabelGroups(SplitRelease):
         memory: float = 0.9,
         diagnostics: bool = False,
     ):
-        if use not in _USES:
+        if not isinstance(use, str) or use not in _USES:
             raise ValueError(f"use must be one of {_USES}, got {use!r}")
         self.use = use
         self._classes = _table(groups)
@@ -273,16 +275,17 @@ def _table(groups: int | Sequence[int] | Mapping[int, int]) -> list[int]:
             f"groups must be a number of classes, a sequence or a mapping, got {type(groups).__name__}"
         )
     if isinstance(groups, int):
-        if groups < 1:
-            raise ValueError(f"groups must be at least 1, got {groups}")
+        if not 1 <= groups <= _MOST_CLASSES:
+            raise ValueError(f"groups must be at least 1 and at most {_MOST_CLASSES}, got {groups}")
         return list(range(groups))
     if isinstance(groups, Mapping):
-        if sorted(groups) != list(range(len(groups))):
-            raise ValueError(f"groups must map every label from 0 on, got {sorted(groups)}")
+        if groups.keys() != set(range(len(groups))):
+            raise ValueError(f"groups must map every label from 0 on, got {list(groups)}")
         groups = [groups[label] for label in range(len(groups))]
     table = list(groups)
     if not all(isinstance(g, int) and not isinstance(g, bool) and g >= 0 for g in table):
         raise ValueError(f"groups must hold integers of at least 0, got {table}")
-    if not table or set(table) != set(range(max(table) + 1)):
+    # The largest number first: a range up to it could be longer than memory.
+    if not table or max(table) >= len(table) or set(table) != set(range(max(table) + 1)):
         raise ValueError(f"groups must be numbered 0 to G-1, each with at least one class, got {table}")
     return table

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from . import _core
-from .backends import Key, implementation
+from .backends import Key, check_backend, implementation
 from .layout import is_flat
+from .ranges import holds
 
 __all__ = [
     "STREAM_GRADIENT",
@@ -131,12 +132,15 @@ class NoiseSource:
             The tensor.
 
         Raises:
-            ValueError: for an argument outside its range; the tensor is then unchanged.
+            ValueError, TypeError: for an argument outside its range; the tensor is then unchanged.
 
         Element i of the tensor takes normal i % 160 of chunk first_chunk + i // 160: i counts in memory order
         if the elements fill one block of memory (contiguous, channels_last, transposed), else in index order.
         """
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"tensor must be a torch.Tensor, got {type(tensor).__name__}")
         step, stream = address(step, stream)
+        check_backend(backend)
         on_device = isinstance(std, torch.Tensor) and std.device.type != "cpu"
         std = rounded_up(std) if on_device else checked_std(std)
         check_chunks(first_chunk, chunks(tensor.numel()))
@@ -149,7 +153,7 @@ class NoiseSource:
         if flat and near and tensor.dtype == torch.float32:
             block = tensor.as_strided((tensor.numel(),), (1,))
             run = implementation("normal_fill", backend, block)
-            run(self._key, step, stream, block, std, first_chunk, add)
+            run(self._key, step, stream, block, std, first_chunk, bool(add))
             torch.autograd.graph.increment_version(tensor)
             return tensor
         noise = torch.empty(tensor.numel(), dtype=torch.float32, device=tensor.device)
@@ -176,7 +180,7 @@ class NoiseSource:
         """
         if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 0 <= n <= _MAX_DRAWS:
             raise ValueError(f"n must be an int in [0, 2^35], got {n!r}")
-        if not 0.0 <= q <= 1.0:
+        if not holds(q, lambda v: 0.0 <= v <= 1.0):
             raise ValueError(f"q must be in [0, 1], got {q!r}")
         step, stream = address(step, stream)
         return _core.bernoulli(self._key.host, step, stream, int(n), float(q), torch.get_num_threads())
@@ -263,9 +267,9 @@ def rounded_up(std: torch.Tensor) -> torch.Tensor:
 
 def checked_std(std: float | torch.Tensor) -> float:
     """std as the least float32 that is not below it, so that rounding never takes noise away."""
-    std = float(std)
-    if not 0.0 <= std <= _FLOAT32_MAX:
+    if not holds(std, lambda v: 0.0 <= v <= _FLOAT32_MAX):
         raise ValueError(f"std must be finite and at least 0, got {std!r}")
+    std = float(std)
     rounded = np.float32(std)
     if float(rounded) < std:
         rounded = np.nextafter(rounded, np.float32(math.inf))

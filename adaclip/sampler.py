@@ -381,6 +381,7 @@ class PoissonLoader(LoaderBase):
         """
         for name in ("sample_rate", "dataset_size"):
             ours = getattr(self, name)
-            if state[name] != ours:
-                raise ValueError(f"{name} must be that of the saved loader, {state[name]}, got {ours}")
+            saved = state.get(name) if isinstance(state, Mapping) else None
+            if saved != ours:
+                raise ValueError(f"{name} must be that of the saved loader, {saved!r}, got {ours}")
         self._load_counters(state)

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
+from adaclip.ranges import MAX_FLOAT
+
 __all__ = ["Cosine", "Exponential", "Linear", "Piecewise", "Schedule", "check_schedule", "schedule_from_dict"]
 
 
@@ -49,7 +51,7 @@ class _Ramp(Schedule):
         _count(self.steps, "steps", 1)
 
     def __call__(self, t: int) -> float:
-        done = min(_count(t, "t", 0) / self.steps, 1.0)
+        done = min(_count(t, "t", 0), self.steps) / self.steps
         # The ends exactly, and nothing beyond them by rounding.
         if done in (0.0, 1.0):
             return self.end if done else self.start
@@ -130,9 +132,9 @@ _KINDS = {kind.__name__.lower(): kind for kind in (Linear, Exponential, Cosine, 
 
 def schedule_from_dict(state: Mapping[str, Any]) -> Schedule:
     """The schedule that `state_dict` described. Raises ValueError if it is none."""
-    values = dict(state)
+    values = dict(state) if isinstance(state, Mapping) else {}
     kind = values.pop("kind", None)
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"schedule kind must be one of {sorted(_KINDS)}, got {kind!r}")
     try:
         return _KINDS[kind](**values)
@@ -148,7 +150,7 @@ def check_schedule(schedule: Schedule | None, name: str) -> Schedule | None:
 
 
 def _factor(value: float, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MAX_FLOAT:
         raise ValueError(f"{name} must be a positive finite number, got {value!r}")
     return float(value)
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from adaclip.clipping import SideRelease, SplitRelease
 from adaclip.noise import STREAM_STATISTICS, NoiseSource
+from adaclip.ranges import MAX_FLOAT
 
 __all__ = ["Statistics", "check_noise", "gradient_sigma"]
 
@@ -37,7 +38,7 @@ def check_noise(noise_multiplier: float) -> None:
     """Raise TypeError or ValueError unless it is a finite number of at least 0."""
     if isinstance(noise_multiplier, bool) or not isinstance(noise_multiplier, (int, float)):
         raise TypeError(f"noise_multiplier must be a number, got {noise_multiplier!r}")
-    if not 0 <= noise_multiplier < math.inf:
+    if not 0 <= noise_multiplier <= MAX_FLOAT:
         raise ValueError(f"noise_multiplier must be finite and at least 0, got {noise_multiplier!r}")
 
 

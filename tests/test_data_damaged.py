@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
+import os
+import re
+import stat
 import struct
+import subprocess
+import sys
 import tempfile
 import zipfile
+import zlib
 from unittest import mock
 
 import numpy as np
@@ -259,3 +266,187 @@ def test_random_damage_gives_data_or_a_data_error(kind, data):
             message = ""
             assert isinstance(loaded, ImageData)
     assert "\n" not in message
+
+
+# --- hostile files, in a process that may not grow -------------------------------------------------------
+
+_READER = """
+import json, resource, sys
+from adaclip.data import DataError, load
+import numpy.random, PIL.Image, torch  # what a reader loads does not count
+now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + int(sys.argv[1]), now + int(sys.argv[1])))
+said = {}
+for case, (name, root, size) in json.loads(sys.argv[2]).items():
+    try:
+        load(name, root, image_size=size)
+        said[case] = "loaded"
+    except DataError as error:
+        said[case] = str(error)
+print(json.dumps(said))
+"""
+LIMIT = 1 << 28  # bytes beyond what Python, numpy and torch take
+ZEROS = 384 << 20  # what the bombs hold
+
+
+def gzip_bomb():
+    """Images of zeros, as many as its header announces, made without holding them."""
+    count = ZEROS // 784
+    pack = zlib.compressobj(1, zlib.DEFLATED, 31)
+    parts = [
+        pack.compress(idx_header(2051, count, 28, 28)),
+        *(pack.compress(bytes(784 << 10)) for _ in range(count >> 10)),
+    ]
+    return b"".join([*parts, pack.compress(bytes(count % 1024 * 784)), pack.flush()])
+
+
+def npz_bomb(body):
+    """An npz file whose train_images are that body and many zeros; the others are as they should be."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for key, array in medmnist_arrays().items():
+            with archive.open(f"{key}.npy", "w", force_zip64=True) as stream:
+                if key != "train_images":
+                    np.save(stream, array)
+                    continue
+                stream.write(body)
+                for _ in range(ZEROS >> 20):
+                    stream.write(bytes(1 << 20))
+    return buffer.getvalue()
+
+
+def npy_header(shape):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return header.getvalue()
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    """What `load` says of hostile files, in one process that can take no more than LIMIT bytes and two minutes."""
+    root = tmp_path_factory.mktemp("hostile")
+    large = io.BytesIO()
+    Image.new("L", (8192, 8192)).save(large, "PNG", compress_level=1)
+    zeros = {f"{name}/{i}.png": large.getvalue() for name in ("ant", "bee") for i in range(3)}
+    # Version 2.0 announces the header's length in 32 bits, and numpy reads all of it before it looks.
+    long = b"\x93NUMPY\x02\x00" + struct.pack("<I", ZEROS)
+    cases = {
+        "gzip": ("mnist", mnist_files() | {"train-images-idx3-ubyte.gz": gzip_bomb()}, None),
+        "long header": ("breastmnist", {"breastmnist.npz": npz_bomb(long)}, None),
+        "npz": ("breastmnist", {"breastmnist.npz": npz_bomb(npy_header((ZEROS,)))}, None),
+        "one large image after the other": ("folder", zeros, 8),
+        "all large images": ("folder", zeros, None),
+        "pipe": ("folder", folder_files(2), None),
+    }
+    for case, (_, files, _) in cases.items():
+        write(root / case, files)
+    os.mkfifo(root / "pipe" / "ant" / "pipe.png")
+    for path in root.rglob("*"):
+        assert not path.is_file() or path.stat().st_size < 1 << 22
+    given = {case: (name, str(root / case), size) for case, (name, _, size) in cases.items()}
+    command = [sys.executable, "-c", _READER, str(LIMIT), json.dumps(given)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (
+            "gzip",
+            "train-images-idx3-ubyte.gz cannot be read as an idx file: its .* bytes of data do not fit in memory",
+        ),
+        (
+            "long header",
+            r"breastmnist.npz cannot be read as a MedMNIST npz file: train_images.npy has npy version \(2, 0\)",
+        ),
+        (
+            "npz",
+            "breastmnist.npz cannot be read as a MedMNIST npz file: its .* bytes of data do not fit in memory",
+        ),
+        ("one large image after the other", "loaded"),
+        ("all large images", "(do|does) not fit in memory"),
+        ("pipe", "pipe.png cannot be decoded as an 8-bit image: it is no regular file"),
+    ],
+)
+def test_hostile_files_in_bounded_memory(said, case, message):
+    """Files of at most 4 MB that hold, or announce, more than the process can: it goes on, and says which and why."""
+    assert re.search(message, said[case]), said[case]
+
+
+def test_more_than_the_machine_holds_is_not_begun(tmp_path):
+    with mock.patch("os.sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 2):
+        with pytest.raises(DataError, match="9,408 bytes of data do not fit in memory, which has 8,192"):
+            load("mnist", write(tmp_path, mnist_files()))
+        with pytest.raises(DataError, match="do not fit in memory"):
+            load("folder", write(tmp_path / "images", folder_files(50, shape=(16, 16))))
+
+
+def test_a_pickle_in_an_npz_is_not_opened(tmp_path):
+    trace = tmp_path / "trace"
+    array = np.empty(6, dtype=object)
+    array[:] = [_Touch(str(trace))] * 6
+    write(tmp_path, {"breastmnist.npz": npz(medmnist_arrays() | {"train_images": array})})
+    with pytest.raises(DataError, match="not plain integers"):
+        load("breastmnist", tmp_path)
+    assert not trace.exists()
+
+
+class _Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_links_that_lead_nowhere_or_round_and_round(tmp_path):
+    write(tmp_path, folder_files(2))
+    (tmp_path / "itself").symlink_to("itself")
+    (tmp_path / "ant" / "up").symlink_to(tmp_path)
+    assert load("folder", tmp_path).classes == ["ant", "bee"]
+    (tmp_path / "ant" / "gone.png").symlink_to("nowhere.png")
+    with pytest.raises(DataError, match=r"gone\.png"):
+        load("folder", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\udcff", "…", " "])
+def test_odd_names_are_one_paragraph(tmp_path, name):
+    write(tmp_path, folder_files(2) | {f"bee/{name}.png": b"damaged"})
+    with pytest.raises(DataError, match="cannot be decoded") as caught:
+        load("folder", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["mnist-gz", "mnist-raw", "cifar10", "npz", "npz-stored", "png", "jpeg"])
+def test_a_file_that_shrinks_while_it_is_read(tmp_path, kind):
+    """What was measured is not what is read."""
+    name, make = FORMATS[kind]
+    write(tmp_path, make())
+    original = os.stat
+
+    def stat_then_cut(path, *args, **kwargs):
+        found = original(path, *args, **kwargs)
+        if str(path).startswith(str(tmp_path)) and found.st_size > 100 and stat.S_ISREG(found.st_mode):
+            os.truncate(path, found.st_size // 2)
+        return found
+
+    # Path.stat and the readers' own checks come through here.
+    with tiny_cifar(), mock.patch("os.stat", stat_then_cut), pytest.raises(DataError):
+        load(name, tmp_path)
+
+
+def test_arguments_that_are_no_folder(tmp_path):
+    for where in ("~nobody-of-that-name/x", "a\0b"):
+        with pytest.raises(DataError, match="is no folder"):
+            load("mnist", where)
+        with pytest.raises(DataError, match="is no folder"):
+            load(f"folder:{where}")
+    with pytest.raises(TypeError, match="data_dir must be a path"):
+        load("mnist", 3)
+    with pytest.raises(ValueError, match="image_size must be a positive int of at most 8192"):
+        load("folder", tmp_path, image_size=10**6)

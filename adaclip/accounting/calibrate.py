@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 from adaclip.accounting import checks
 from adaclip.accounting.registry import DEFAULT_ACCOUNTANT, create_accountant
-from adaclip.accounting.releases import Event, SubsampledGaussian, check_guarantee
+from adaclip.accounting.releases import Event, SubsampledGaussian, check_guarantee, event_pairs
 
 _TOLERANCE = 3e-4  # stop when log(ε/target) ≥ −_TOLERANCE; 1e-3 is what the docstrings promise
 _AIM = -1.5e-4  # where log(ε/target) is wanted
@@ -205,7 +205,7 @@ class _Budget:
         self.delta = checks.delta_value("delta", delta)
         self._sampling, self._overflow = sampling, overflow
         self._accountant = create_accountant(accountant, adjacency)
-        for release, count in spent:
+        for release, count in event_pairs("spent", spent):
             self._accountant.add(release, count)
         # ε = μ²/2 + μz, solved for μ; a neighbor that moves twice as far leaves half of it.
         self.surprise = -math.log(self.delta)

@@ -3,30 +3,48 @@
 from __future__ import annotations
 
 import operator
+from decimal import Decimal
+from numbers import Real
+
+import numpy as np
 
 MAX_COUNT = 2**53  # beyond it a count is no longer exact as a float
 
 
 def real(name: str, value: object, rule: str) -> float:
-    """``value`` as a float; strings, None and other non-numbers are a TypeError."""
-    if not hasattr(value, "__float__") and not hasattr(value, "__index__"):
+    """``value`` as a float; strings, None, truth values, arrays and other things that are no single number are a
+    TypeError."""
+    number = value
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):  # a scalar of numpy or torch
+        try:
+            number = value.item()
+        except RuntimeError:  # a tensor without data
+            number = None
+    if isinstance(number, bool) or not isinstance(number, Real | Decimal):
         raise TypeError(f"{name} must be {rule}, got {value!r}")
     try:
-        return float(value)  # type: ignore[arg-type]
+        return float(number)
     except OverflowError:
         raise ValueError(f"{name} must be {rule}, got an integer beyond the range of floats") from None
 
 
 def integer(name: str, value: object, minimum: int) -> int:
-    """``value`` as an int in [minimum, 2**53]; floats are a TypeError even when whole."""
+    """``value`` as an int in [minimum, 2**53]; floats are a TypeError even when whole, and so are truth values."""
     rule = f"an integer in [{minimum}, 2**53]"
     try:
-        number = operator.index(value)  # type: ignore[arg-type]
+        number = None if isinstance(value, bool | np.bool_) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise TypeError(f"{name} must be {rule}, got {value!r}") from None
+        number = None
+    if number is None:
+        raise TypeError(f"{name} must be {rule}, got {value!r}")
     if not minimum <= number <= MAX_COUNT:
-        raise ValueError(f"{name} must be {rule}, got {number}")
+        raise ValueError(f"{name} must be {rule}, got {short(number)}")
     return number
+
+
+def short(number: int) -> str:
+    """An integer in digits, or where those are too many, about how large it is."""
+    return str(number) if abs(number) < 10**40 else f"an integer of {number.bit_length()} bits"
 
 
 def probability(name: str, value: object) -> float:
@@ -82,3 +100,13 @@ def one_of(name: str, value: object, choices: tuple[str, ...]) -> str:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
     return value
+
+
+def array(name: str, value: object, rule: str) -> np.ndarray:
+    """``value`` as a float64 array of any shape."""
+    try:
+        if np.asarray(value).dtype.kind in "biuf":
+            return np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError):  # ragged lists, tensors without data
+        pass
+    raise TypeError(f"{name} must be {rule}, got {value!r}")

@@ -60,7 +60,7 @@ def trade_off_curve(
     Raises:
         ValueError, TypeError: an argument out of range.
     """
-    alpha = np.asarray(alpha, dtype=np.float64)
+    alpha = checks.array("alpha", alpha, "numbers in [0, 1]")
     if not ((alpha >= 0.0) & (alpha <= 1.0)).all():
         bad = alpha[~((alpha >= 0.0) & (alpha <= 1.0))].flat[0]
         raise ValueError(f"alpha must be in [0, 1], got {float(bad)!r}")
@@ -135,7 +135,7 @@ def _profile(source: Accountant | Callable[[float], float], group_size: int) -> 
 
     def delta(epsilon: float) -> float:
         share = epsilon / size
-        value = float(of_one(share))
+        value = checks.real(f"source({share!r})", of_one(share), "a delta ≥ 0")
         if not value >= 0.0:
             raise ValueError(f"source must give a delta ≥ 0, got {value!r} at epsilon = {share!r}")
         if size > 1:

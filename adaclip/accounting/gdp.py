@@ -26,6 +26,8 @@ from adaclip.accounting.releases import (
     Event,
     Release,
     SubsampledGaussian,
+    checked_event,
+    event_pairs,
     is_noiseless,
     is_silent,
 )
@@ -72,7 +74,9 @@ def gdp_mu(events: Iterable[Event], *, adjacency: str = "add_remove") -> float:
         μ ≥ 0; inf if a step with q > 0 had no noise, or where μ exceeds the range of floats.
     """
     checks.one_of("adjacency", adjacency, ADJACENCIES)
-    logs = [_log_square(release, adjacency) + math.log(count) for release, count in events if count]
+    # Under zero_out every kind of sampling has a guarantee, and may be asked about.
+    checked = [checked_event(release, count, "zero_out") for release, count in event_pairs("events", events)]
+    logs = [_log_square(release, adjacency) + math.log(count) for release, count in checked if count]
     top = max(logs, default=-math.inf)
     if math.isinf(top):
         return 0.0 if top < 0.0 else math.inf

@@ -20,6 +20,7 @@ from adaclip.accounting.releases import (
     Release,
     SubsampledGaussian,
     checked_event,
+    event_pairs,
     release_from_dict,
     release_to_dict,
 )
@@ -42,7 +43,7 @@ class Ledger:
     def __init__(self, events: Iterable[tuple[Release, int]] = (), adjacency: str = "add_remove") -> None:
         self._adjacency = checks.one_of("adjacency", adjacency, ADJACENCIES)
         self._events: list[Event] = []
-        for release, count in events:
+        for release, count in event_pairs("events", events):
             self.append(release, count)
 
     @property

@@ -31,6 +31,8 @@ import math
 import numpy as np
 from scipy.special import gammaln
 
+from adaclip.accounting import checks
+
 _LOG_SQRT_2PI = 0.5 * math.log(2.0 * math.pi)
 _EXPONENT = 100.0  # the quadrature's error is about 2·exp(−_EXPONENT)
 _REACH = 14.0  # nodes run from −_REACH to α/σ + _REACH standard deviations
@@ -81,20 +83,20 @@ def subsampled_gaussian_rdp(q: float, sigma: float, orders: np.ndarray | None = 
     | 1 | in (0, inf) | α/(2σ²), exactly |
 
     Raises:
-        ValueError: q, sigma or an order out of range, or nan.
+        ValueError, TypeError: q, sigma or an order out of range, nan, or no number.
     """
-    q, sigma = float(q), float(sigma)
-    if not 0.0 <= q <= 1.0:
-        raise ValueError(f"q must be in [0, 1], got {q!r}")
-    if not sigma >= 0.0:
-        raise ValueError(f"sigma must be in [0, inf], got {sigma!r}")
-    if orders is None:
-        return _cached(q, sigma)
-    orders = np.atleast_1d(np.asarray(orders, dtype=np.float64))
-    bad = orders[~((orders > 1.0) & np.isfinite(orders))]
+    q, sigma = checks.probability("q", q), checks.noise("sigma", sigma)
+    return _cached(q, sigma) if orders is None else _rdp(q, sigma, _checked_orders(orders))
+
+
+def _checked_orders(orders: object) -> np.ndarray:
+    made = np.atleast_1d(checks.array("orders", orders, "an array of orders > 1"))
+    if made.ndim != 1:
+        raise ValueError(f"orders must be [n], got shape {made.shape}")
+    bad = made[~((made > 1.0) & np.isfinite(made))]
     if bad.size:
-        raise ValueError(f"orders must be > 1 and finite, got {bad[0]!r}")
-    return _rdp(q, sigma, orders)
+        raise ValueError(f"orders must be > 1 and finite, got {float(bad[0])!r}")
+    return made
 
 
 @functools.lru_cache(maxsize=1024)
@@ -258,7 +260,26 @@ def rdp_to_epsilon(rdp: np.ndarray, delta: float, orders: np.ndarray | None = No
 
     Returns:
         ε, inf when every order's RDP is inf.
+
+    Raises:
+        ValueError, TypeError: delta or an order out of range, an RDP that is negative or nan, or arrays of other shapes.
     """
+    delta = checks.delta_value("delta", delta)
+    rdp = checks.array("rdp", rdp, "an array of numbers ≥ 0")
+    if orders is not None:
+        orders = _checked_orders(orders)
+    count = len(DEFAULT_ORDERS if orders is None else orders)
+    if rdp.shape != (count,) or count == 0:
+        raise ValueError(
+            f"rdp must be [{count}], one number for each order and at least one, got {rdp.shape}"
+        )
+    if not bool((rdp >= 0.0).all()):
+        raise ValueError(f"rdp must be ≥ 0, got {float(rdp[~(rdp >= 0.0)][0])!r}")
+    return least_epsilon(rdp, delta, orders)
+
+
+def least_epsilon(rdp: np.ndarray, delta: float, orders: np.ndarray | None = None) -> float:
+    """``rdp_to_epsilon`` of arguments that are known to be right."""
     if 0.5 * float(rdp[0]) <= delta * delta:
         return 0.0
     offsets = _offsets(delta) if orders is None else conversion_offsets(orders, delta)

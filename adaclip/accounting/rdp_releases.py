@@ -26,8 +26,8 @@ import numpy as np
 from adaclip.accounting.rdp import (
     DEFAULT_ORDERS,
     gaussian_rdp,
+    least_epsilon,
     log_delta_curve,
-    rdp_to_epsilon,
     subsampled_gaussian_rdp,
 )
 from adaclip.accounting.releases import (
@@ -154,7 +154,7 @@ class Curve(NamedTuple):
     def epsilon(self, delta: float) -> float:
         """The least ε found at which the composition is (ε, δ)-private; inf if none."""
         if self.delta == 0.0 and self.distance == 0.0:
-            return rdp_to_epsilon(self.rdp, delta)
+            return least_epsilon(self.rdp, delta)
         epsilon = 0.0
         # ε must be at least what is needed at the δ that ε itself leaves, which shrinks as ε grows: from below
         # this climbs to the least such ε, if there is one.
@@ -162,7 +162,7 @@ class Curve(NamedTuple):
             left = delta - self.lost(epsilon)
             if not left > 0.0:
                 return math.inf
-            needed = rdp_to_epsilon(self.rdp, left)
+            needed = least_epsilon(self.rdp, left)
             if needed <= epsilon:
                 return epsilon
             epsilon = needed * (1.0 + 1e-9)

@@ -154,6 +154,19 @@ def checked_event(release: Release, count: int, adjacency: str) -> Event:
     return Event(release, checks.integer("count", count, 0))
 
 
+def event_pairs(name: str, events: object) -> list[tuple[Any, Any]]:
+    """``events`` as a list of (release, count) pairs, whose parts are still to be checked.
+
+    Raises:
+        TypeError: anything else; the message calls it ``name``.
+    """
+    try:
+        return [(release, count) for release, count in events]  # type: ignore[attr-defined]
+    except (TypeError, ValueError, RuntimeError):  # not iterable, not pairs, a tensor without data
+        pass
+    raise TypeError(f"{name} must be (release, count) pairs, got {events!r}")
+
+
 def is_silent(release: Release) -> bool:
     """Whether nothing is released: q = 0, infinite noise, or (0, 0)-differential privacy."""
     if isinstance(release, SubsampledGaussian):

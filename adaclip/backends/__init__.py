@@ -48,7 +48,7 @@ BACKENDS = ("cuda", "triton", "cpp", "reference")
 
 def check_backend(backend: str) -> None:
     """Raise ValueError unless `backend` is "auto" or one of `BACKENDS`."""
-    if backend not in ("auto", *BACKENDS):
+    if not isinstance(backend, str) or backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
 
 

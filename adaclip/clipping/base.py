@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from adaclip.ranges import MAX_FLOAT
 from adaclip.reference import SLACK
 
 __all__ = [
@@ -34,15 +35,21 @@ def clip_factors(norms: Tensor, max_grad_norm: float) -> Tensor:
     """`min(1, C / |g_b|)` in float64; 0 for a norm that is not finite.
 
     norms: float64 [...], upper bounds on the per-sample norms. A sample whose gradient is nan or inf
-    contributes nothing (algorithms of DP-SGD need a bounded contribution, not a finite one).
+    contributes nothing (algorithms of DP-SGD need a bounded contribution, not a finite one). TypeError or ValueError
+    for anything but floating norms and a positive finite C.
     """
+    if not isinstance(norms, Tensor) or not norms.is_floating_point():
+        got = norms.dtype if isinstance(norms, Tensor) else type(norms).__name__
+        raise TypeError(f"norms must be a floating tensor, got {got}")
+    max_grad_norm = check_norm(max_grad_norm)
     factors = (max_grad_norm * SLACK / norms).clamp_max(1.0)
-    return torch.where(norms.isfinite(), factors, torch.zeros_like(factors))
+    # A negative number is no norm, and a negative factor would bound nothing.
+    return torch.where(norms.isfinite() & (norms >= 0), factors, torch.zeros_like(factors))
 
 
 def check_norm(value: float, name: str = "max_grad_norm") -> float:
     """`value` as a float; ValueError unless it is a positive finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MAX_FLOAT:
         raise ValueError(f"{name} must be a positive finite number, got {value!r}")
     return float(value)
 

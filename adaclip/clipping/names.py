@@ -53,7 +53,7 @@ def make_clipping(
             )
         # A copy: strategies learn the number of layers, hold state, and may be given to two engines.
         return copy.deepcopy(clipping)
-    if clipping not in _STRATEGIES:
+    if not isinstance(clipping, str) or clipping not in _STRATEGIES:
         known = sorted([*_STRATEGIES, PerGroupClipping.name])
         raise ValueError(f"clipping must be one of {known} or an adaclip.clipping object, got {clipping!r}")
     return _STRATEGIES[clipping](1.0 if max_grad_norm is None else max_grad_norm)

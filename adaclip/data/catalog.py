@@ -7,6 +7,8 @@ from pathlib import Path
 
 from adaclip.data import cifar, folder, medmnist_npz, mnist
 from adaclip.data.download import default_data_dir
+from adaclip.data.errors import DataError
+from adaclip.data.folder import MAX_SIDE
 from adaclip.data.image_data import ImageData
 
 NAMES = ("mnist-mini", "mnist", "cifar10", "medical_mnist", "folder", *medmnist_npz.FLAGS)
@@ -46,6 +48,7 @@ def load(
         the data set; splits are the same on every machine.
 
     Raises:
+        TypeError: name is no str, or data_dir no path.
         DataError: a missing or damaged file; the message says which, what is wrong and what to do.
         ValueError: an unknown name, or an ``image_size`` that the data set cannot have.
     """
@@ -55,20 +58,20 @@ def load(
     if kind not in NAMES or (path and kind != "folder"):
         raise ValueError(f"name must be one of {', '.join(NAMES)} or folder:PATH, got {name!r}")
     if image_size is not None:
-        if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
-            raise ValueError(f"image_size must be a positive int, got {image_size!r}")
+        if isinstance(image_size, bool) or not isinstance(image_size, int) or not 1 <= image_size <= MAX_SIDE:
+            raise ValueError(f"image_size must be a positive int of at most {MAX_SIDE}, got {image_size!r}")
         if kind in _FIXED_SIZE:
             raise ValueError(
                 f"image_size must be None for {kind}, whose images have one size, got {image_size}"
             )
-    root = default_data_dir() if data_dir is None else Path(data_dir).expanduser()
+    root = default_data_dir() if data_dir is None else _folder(data_dir)
     if kind == "folder":
         if bool(path) == (data_dir is not None):
             raise ValueError(
                 f"an image folder must be given once, as data_dir or in the name as folder:PATH, "
                 f"got name {name!r} and data_dir {data_dir!r}"
             )
-        return folder.load_folder(Path(path).expanduser() if path else root, image_size)
+        return folder.load_folder(_folder(path) if path else root, image_size)
     if kind == "mnist-mini":
         return mnist.load_mnist_mini()
     if kind == "mnist":
@@ -78,3 +81,16 @@ def load(
     if kind == "medical_mnist":
         return folder.load_medical_mnist(root, download, image_size)
     return medmnist_npz.load_medmnist(kind, root, download, image_size)
+
+
+def _folder(path: str | os.PathLike[str]) -> Path:
+    """The path with ~ expanded."""
+    try:
+        made = Path(path).expanduser()
+    except TypeError:
+        raise TypeError(f"data_dir must be a path, got {path!r}") from None
+    except RuntimeError as error:  # ~ of a user who is not there
+        raise DataError(f"{path} is no folder: {error}. Give the folder that holds the data.") from error
+    if "\0" in str(made):
+        raise DataError(f"{str(made)!r} is no folder: a path cannot hold a null character.")
+    return made

@@ -6,3 +6,7 @@ class DataError(ValueError):
 
     The message is one paragraph: which file, what is wrong with it, and what to do.
     """
+
+    def __init__(self, message: str) -> None:
+        # A file's name may hold any character, line breaks included.
+        super().__init__(" ".join(message.split()))

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from adaclip.data._bounded import check_fits
 from adaclip.data.errors import DataError
 from adaclip.data.image_data import ImageData, stratified_split
 
@@ -22,7 +26,10 @@ FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm", ".pbm")
 GRAY_MODES = ("1", "L", "LA")
 COLOR_MODES = ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr")
-MAX_PIXELS = 1 << 26  # 8192 x 8192: more is taken for a decompression bomb
+MAX_SIDE = 8192  # of what images are resized to
+MAX_PIXELS = MAX_SIDE * MAX_SIDE  # more is taken for a decompression bomb
+# Images of more pixels than this are decoded one at a time: each takes up to 8 bytes a pixel while it is.
+_LARGE_PIXELS, _LARGE = 1 << 22, Lock()
 SPLIT_SEED = 0
 TEST_FRACTION = 0.2
 _BLOCK = 256  # files per thread task
@@ -35,12 +42,21 @@ MEDICAL_URL = "https://www.kaggle.com/datasets/andrewmvd/medical-mnist"
 def _class_names(root: Path) -> list[str]:
     try:
         with os.scandir(root) as entries:
-            return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith((".", "__MACOSX")))
+            return sorted(
+                e.name for e in entries if _is_folder(e) and not e.name.startswith((".", "__MACOSX"))
+            )
     except OSError as error:
         raise DataError(
             f"{root} cannot be read as an image folder: {error.strerror}. Give a folder that holds "
             f"one folder of images a class."
         ) from error
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def _scan(root: Path, classes: list[str]) -> tuple[list[str], list[int]]:
@@ -68,9 +84,14 @@ def _open(path: str) -> Image.Image:
     return Image.open(path, formats=FORMATS)
 
 
+def _area(image: Image.Image) -> int:
+    return image.size[0] * image.size[1]
+
+
 def _unreadable(path: str, error: BaseException | str) -> DataError:
+    reason = "it does not fit in memory" if isinstance(error, MemoryError) else error
     return DataError(
-        f"{path} cannot be decoded as an 8-bit image: {error}. Restore it from the source of the data set, "
+        f"{path} cannot be decoded as an 8-bit image: {reason}. Restore it from the source of the data set, "
         f"convert it to 8 bits a channel, or remove it."
     )
 
@@ -81,8 +102,9 @@ def _decode_one(
     """(uint8 [H, W] (mode "L") or [H, W, 3] (mode "RGB"), SHA-256 of size and pixels before resizing if
     ``hashed``, else empty); ``size`` is (W, H)."""
     try:
-        with _open(path) as image:
-            if not resize and image.size != size:
+        with _open(path) as image, _LARGE if _area(image) > _LARGE_PIXELS else nullcontext():
+            # Again: the file may be another one by now.
+            if _area(image) > MAX_PIXELS or (not resize and image.size != size):
                 raise ValueError(f"its size is now {image.size}, not {size}")
             pixels = image if image.mode == mode else image.convert(mode)
             digest = hashlib.sha256(b"%dx%d:" % pixels.size + pixels.tobytes()).digest() if hashed else b""
@@ -95,6 +117,9 @@ def _decode_one(
 def _probe(path: str) -> tuple[str, tuple[int, int]]:
     """(mode, (W, H)) from the file's header."""
     try:
+        # Opening a pipe would wait for someone to write to it.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("it is no regular file")
         with _open(path) as image:
             mode, size = image.mode, image.size
     except Exception as error:  # as in _decode_one
@@ -147,8 +172,9 @@ def decode_images(
             _decode_one(paths[0], mode, size, image_size is not None)
             channels = 1 if mode == "L" else 3
             try:
+                check_fits(len(paths) * channels * size[0] * size[1])
                 out = np.empty((len(paths), channels, size[1], size[0]), dtype=np.uint8)
-            except MemoryError as error:
+            except (MemoryError, ValueError) as error:
                 raise DataError(
                     f"the {len(paths)} images of {size[0]}x{size[1]} pixels in "
                     f"{Path(paths[0]).parent.parent} do not fit in memory. "

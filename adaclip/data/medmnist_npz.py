@@ -73,32 +73,34 @@ def read_npz(path: Path, keys: tuple[str, ...], cure: str) -> dict[str, np.ndarr
             absent = [key for key in keys if f"{key}.npy" not in names]
             if absent:
                 raise ValueError(f"it lacks the arrays {', '.join(absent)}")
-            return {key: _read_member(archive, f"{key}.npy", on_disk) for key in keys}
+            read: dict[str, np.ndarray] = {}
+            for key in keys:
+                held = sum(array.nbytes for array in read.values())
+                read[key] = _read_member(archive, f"{key}.npy", on_disk, held)
+            return read
     # zipfile and numpy's header parser report damage with a dozen exception types.
     except Exception as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise DataError(f"{path} cannot be read as a MedMNIST npz file: {reason}. {cure}") from error
 
 
-def _read_member(archive: zipfile.ZipFile, name: str, on_disk: int) -> np.ndarray:
+def _read_member(archive: zipfile.ZipFile, name: str, on_disk: int, held: int) -> np.ndarray:
     info = archive.getinfo(name)
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{name} is compressed by method {info.compress_type}, which npz files do not use")
     with archive.open(info) as stream:
         version = np.lib.format.read_magic(stream)
-        if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"{name} has npy version {version}")
-        read_header = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )
-        shape, fortran, dtype = read_header(stream)
+        # Later versions, for headers of more than 65,535 bytes, may announce one of 4 GB.
+        if version != (1, 0):
+            raise ValueError(f"{name} has npy version {version}, not (1, 0)")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
         if dtype.kind not in "ui" or fortran:
             order = " in Fortran order" if fortran else ""
             raise ValueError(f"{name} holds {dtype}{order}, not plain integers in C order")
         expected = math.prod(shape) * dtype.itemsize
         if expected > on_disk * MAX_DEFLATE_RATIO:
             raise ValueError(f"{name} announces shape {shape}, which a file of {on_disk:,} bytes cannot hold")
-        data = read_exactly(stream, expected)
+        data = read_exactly(stream, expected, held)
     return np.frombuffer(data, dtype=dtype).reshape(shape)
 
 

@@ -223,7 +223,7 @@ def _choice(argument: str, value: Any, choices: tuple[str, ...]) -> str:
             "norm must be 'group' or 'none', got 'batch': batch statistics mix samples, so that no "
             "per-sample gradient exists"
         )
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{argument} must be one of {', '.join(choices)}, got {value!r}")
     return value
 
@@ -244,7 +244,7 @@ def _size(value: Any, least: int) -> int | list[int]:
 
 
 def _plan(value: Any) -> list[int | str]:
-    plan = list(value)
+    plan = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else []
     if not plan or plan[0] == "M" or any(step != "M" and type(step) is not int for step in plan):
         raise ValueError(f'plan must be channels and "M", beginning with channels, got {value!r}')
     for step in plan:

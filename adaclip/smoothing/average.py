@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from adaclip.ranges import holds
+
 __all__ = ["moving_average"]
 
 
@@ -19,9 +21,11 @@ def moving_average(model: nn.Module, decay: float) -> AveragedModel:
     Privacy: none is spent. The average is a function of parameters that were released.
 
     Raises:
-        ValueError: decay is not in [0, 1).
+        ValueError, TypeError: decay is not in [0, 1), or model is no module.
     """
-    if not 0 <= decay < 1:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not holds(decay, lambda v: 0 <= v < 1):
         raise ValueError(f"decay must be in [0, 1), got {decay!r}")
 
     def update(averaged: Any, current: Any, count: Tensor) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaclip.ranges import holds
 from adaclip.step_rule import StepRule, StepState
 
 __all__ = ["DiSK"]
@@ -56,9 +57,9 @@ class DiSK(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         options = {**self.defaults, **param_group}
         for name in ("lr", "weight_decay"):
-            if not 0 <= options[name] < math.inf:
+            if not holds(options[name], lambda v: 0 <= v < math.inf):
                 raise ValueError(f"{name} must be finite and at least 0, got {options[name]!r}")
-        if not 0 < options["kappa"] <= 1:
+        if not holds(options["kappa"], lambda v: 0 < v <= 1):
             raise ValueError(f"kappa must be in (0, 1], got {options['kappa']!r}")
         super().add_param_group(param_group)
 

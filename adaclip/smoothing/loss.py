@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaclip.ranges import holds
 from adaclip.smoothing.disk import DiSK
 from adaclip.smoothing.nadam import NoiseCorrectedNadam
 
@@ -59,7 +60,7 @@ class SmoothedLoss:
     refresh: int = 2
 
     def __post_init__(self) -> None:
-        if self.signal not in ("always", "snr", "plateau"):
+        if not isinstance(self.signal, str) or self.signal not in ("always", "snr", "plateau"):
             raise ValueError(f"signal must be 'always', 'snr' or 'plateau', got {self.signal!r}")
         for name in ("every", "refresh"):
             value = getattr(self, name)
@@ -67,11 +68,11 @@ class SmoothedLoss:
                 raise TypeError(f"{name} must be an int, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if not 0 <= self.tau < math.inf:
+        if not holds(self.tau, lambda v: 0 <= v < math.inf):
             raise ValueError(f"tau must be finite and at least 0, got {self.tau!r}")
-        if not 0 < self.threshold < math.inf:
+        if not holds(self.threshold, lambda v: 0 < v < math.inf):
             raise ValueError(f"threshold must be finite and above 0, got {self.threshold!r}")
-        if not 0 <= self.decay < 1:
+        if not holds(self.decay, lambda v: 0 <= v < 1):
             raise ValueError(f"decay must be in [0, 1), got {self.decay!r}")
 
     def config(self) -> dict[str, Any]:

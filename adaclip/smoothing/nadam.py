@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaclip.ranges import holds
 from adaclip.step_rule import NoiseTerms, StepRule, StepState
 
 __all__ = ["DPAdamBC", "NoiseCorrectedNadam"]
@@ -189,7 +190,7 @@ class DPAdamBC(NoiseCorrectedNadam):
         *,
         noise_std: float = 0.0,
     ):
-        if not 0 < gamma < math.inf:
+        if not holds(gamma, lambda v: 0 < v < math.inf):
             raise ValueError(f"gamma must be finite and above 0, got {gamma!r}")
         super().__init__(
             params,
@@ -206,10 +207,11 @@ class DPAdamBC(NoiseCorrectedNadam):
 
 def _check_options(group: dict[str, Any]) -> None:
     for name in ("lr", "eps", "weight_decay", "noise_std", "floor", "absolute_floor"):
-        if not 0 <= group[name] < math.inf:
+        if not holds(group[name], lambda v: 0 <= v < math.inf):
             raise ValueError(f"{name} must be finite and at least 0, got {group[name]!r}")
     betas = group["betas"]
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+    pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+    if not pair or not all(holds(beta, lambda v: 0 <= v < 1) for beta in betas):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas!r}")
     if group["floor"] == 0 and group["absolute_floor"] == 0:
         raise ValueError(

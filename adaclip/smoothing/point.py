@@ -13,6 +13,7 @@ from adaclip.backends import load, resolve_backend
 from adaclip.layout import is_flat
 from adaclip.noise import STREAM_SMOOTHING, NoiseSource, check_chunks, checked_std, chunks
 from adaclip.smoothing.loss import NoiseSignal, SmoothedLoss
+from adaclip.smoothing.saved import check_smoothing
 from adaclip.step_rule import Move
 
 __all__ = ["EvaluationPoint"]
@@ -324,11 +325,8 @@ class EvaluationPoint:
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise ValueError, with nothing changed, unless `load_state_dict` can take `state`."""
-        count = len(self._params())
-        if len(state["scales"]) != count:
-            raise ValueError(f"the smoothing's state is of {len(state['scales'])} parameters, got {count}")
-        if (state["signal"] is None) != (self._signal is None):
-            raise ValueError("the smoothing's state is of a run with another smoothing")
+        params = self._params()
+        check_smoothing(state, len(params), None if self._signal is None else self._signal.state_dict(params))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`'s. Leaves theta'."""
