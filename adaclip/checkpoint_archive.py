@@ -56,6 +56,9 @@ def _check_entries(path: Path, archive: zipfile.ZipFile) -> None:
                 f"checkpoint {path} holds compressed data, which this library does not write: "
                 f"{entry.filename} would have {entry.file_size} bytes"
             )
+    # An altered directory may place them before the file.
+    if any(entry.header_offset < 0 for entry in entries):
+        raise ValueError(f"checkpoint {path} is damaged: it places entries outside of itself")
     # Entries that share bytes would have more of them than there are.
     total, size = sum(entry.file_size for entry in entries), path.stat().st_size
     if total > size or len({entry.filename for entry in entries}) != len(entries):

@@ -250,5 +250,5 @@ def test_what_could_not_be_loaded_again_is_not_saved(tmp_path, extra):
 
 def test_plain_values_can_be_saved():
     check_extra({"a": [None, True, 1, 0.5, "x", b"y", (torch.ones(1),)], "b": OrderedDict(c=1)})
-    with pytest.raises(TypeError, match=r"extra\['a'\]\[0\] must be made of"):
+    with pytest.raises(TypeError, match=r"extra\['a'\]\[0\] must be a plain value"):
         check_extra({"a": [pickle]})
