@@ -103,18 +103,23 @@ class RootForward(ReplacedForward):
         self.away = away
 
     def __call__(self, *args, **kwargs):
-        # Not while compiling: a changing number would recompile the model at every step.
+        learning = self.module.training and torch.is_grad_enabled()
         if torch.compiler.is_compiling():
-            return self.original(*args, **kwargs)
-        if not (self.module.training and torch.is_grad_enabled()):
+            if not learning:
+                return self.original(*args, **kwargs)
+            # Operations, not the numbers themselves: a changing one would recompile the model at every step.
+            torch.ops.adaclip.mark(self.tape.ticket, self.tape.number, False)
+            result = self.original(*args, **kwargs)
+            torch.ops.adaclip.mark(self.tape.ticket, self.tape.number, True)
+            return result
+        if not learning:
             with self.away():
                 return self.original(*args, **kwargs)
-        self.tape.forwards += 1
-        self.tape.current = self.tape.forwards
+        self.tape.enter()
         try:
             return self.original(*args, **kwargs)
         finally:
-            self.tape.current = 0
+            self.tape.leave()
 
 
 class Layer(ReplacedForward):

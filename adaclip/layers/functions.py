@@ -16,16 +16,30 @@ from torch.library import custom_op
 from adaclip import ops, reference
 from adaclip.layers import tape
 
-__all__ = ["conv", "embedding", "group_norm", "layer_norm", "linear", "record"]
+__all__ = ["conv", "embedding", "group_norm", "layer_norm", "linear", "mark", "record"]
 
 
-@custom_op("adaclip::record", mutates_args=("ticket",))
+# What Python does in a step is not in a CUDA graph that inductor makes of it; the tag keeps it from making one.
+_IN_PYTHON = (torch.Tag.cudagraph_unsafe,)
+
+
+@custom_op("adaclip::record", mutates_args=("ticket",), tags=_IN_PYTHON)
 def record(ticket: Tensor, tensors: list[Tensor], slot: int, forward: int, copy: bool) -> None:
     tape.record(tensors, slot, forward, copy)
 
 
 @record.register_fake
 def _(ticket, tensors, slot, forward, copy):
+    return None
+
+
+@custom_op("adaclip::mark", mutates_args=("ticket",), tags=_IN_PYTHON)
+def mark(ticket: Tensor, tape_number: int, ends: bool) -> None:
+    tape.mark(tape_number, ends)
+
+
+@mark.register_fake
+def _(ticket, tape_number, ends):
     return None
 
 
