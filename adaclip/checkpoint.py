@@ -14,6 +14,7 @@ from torch import nn
 from adaclip.accounting import Accountant, Ledger
 from adaclip.batches import LoaderBase
 from adaclip.budget import Budget
+from adaclip.layers import plain_names, renamed
 from adaclip.optimizer import DPOptimizer
 
 __all__ = ["VERSION", "Lineage", "check", "collect", "load", "restore", "save"]
@@ -73,7 +74,7 @@ def collect(
 ) -> dict[str, Any]:
     """What a checkpoint holds: everything that a run continues from, but the noise key."""
     return {
-        "module": module.state_dict(),
+        "module": plain_names(module.state_dict()),
         "optimizer": optimizer.state_dict(),
         "accountant": accountant.state_dict(),
         "run": run,
@@ -124,7 +125,7 @@ def restore(state: dict[str, Any], module: nn.Module, optimizer: DPOptimizer, lo
             part.load_state_dict(state["parts"][name]["state"])
     loader.load_state_dict(state["loader"])
     optimizer.load_state_dict(state["optimizer"])
-    module.load_state_dict(state["module"])
+    module.load_state_dict(renamed(state["module"], module.state_dict()))
     optimizer.releases = max(optimizer.releases, state["releases"])
 
 
@@ -170,7 +171,7 @@ def _parts(optimizer: DPOptimizer) -> dict[str, Any]:
 
 def _check_module(saved: dict[str, torch.Tensor], module: nn.Module) -> None:
     """Raise ValueError unless `saved` fits the module exactly, tensor by tensor."""
-    ours = module.state_dict()
+    ours = plain_names(module.state_dict())
     missing, unknown = sorted(ours.keys() - saved.keys()), sorted(saved.keys() - ours.keys())
     shapes = [k for k in ours.keys() & saved.keys() if ours[k].shape != saved[k].shape]
     for what, names in (("lacks", missing), ("also has", unknown), ("has other shapes for", sorted(shapes))):

@@ -21,7 +21,7 @@ from adaclip.clipped_sum import ClippedSum
 from adaclip.clipping import Clipping, make_clipping
 from adaclip.epochs import EpochLoader
 from adaclip.groups import LabelGroups
-from adaclip.layers import ReplacedForward, RootForward, Tape, build_layers
+from adaclip.layers import ReplacedForward, RootForward, Tape, build_layers, build_reliefs, plain_module
 from adaclip.noise import NoiseSource
 from adaclip.optimizer import DPOptimizer
 from adaclip.planning import calibrate_schedule, planned_events, planned_releases, quantized
@@ -97,7 +97,8 @@ class PrivacyEngine:
         """Return (module, optimizer, loader) for an unchanged training loop.
 
         Args:
-            module: the model; the same object comes back, its `forward`s replaced until `detach`.
+            module: the model; the same object comes back, its `forward`s replaced until `detach`. It may have
+              been through `torch.compile`, or be so later, as a whole or in parts.
               Every module along it must treat samples independently, samples along dimension 0.
             optimizer: any torch optimizer over (a subset of) the module's parameters; SGD, Adam, AdamW
               and NAdam get a fused noise + update pass. Parameters it does not hold are not trained.
@@ -134,6 +135,7 @@ class PrivacyEngine:
             changed in either case.
         """
         self._check_free()
+        compiled, module = module, plain_module(module)
         arguments.check_options(
             noise_multiplier=noise_multiplier,
             noise_schedule=noise_schedule,
@@ -197,17 +199,18 @@ class PrivacyEngine:
             backend=backend,
         )
         clipped_sum.reset()
-        self._loader, self._module, self.accountant = loader, module, accountant
-        for layer in layers:
+        self._loader, self._module, self.accountant = loader, compiled, accountant
+        reliefs = build_reliefs(module, layers)
+        for layer in [*layers, *reliefs]:
             layer.attach()
         # Made last: the root may be a layer itself, and then counts around its adapter.
         root = RootForward(module, tape, nullcontext if point is None else point.away)
         root.attach()
-        self._replaced = [root, *layers]
+        self._replaced = [root, *layers, *reliefs]
         if point is not None:
             point.attach(module)
             loader.on_batch = self._optimizer.note_batch
-        return module, self._optimizer, loader
+        return compiled, self._optimizer, loader
 
     def make_private_with_epsilon(
         self,
@@ -303,7 +306,7 @@ class PrivacyEngine:
         """Give the model back as it was: ordinary forwards, no hook, no private gradients."""
         if self._module is None:
             raise RuntimeError("no model is attached to this engine")
-        if module is not None and module is not self._module:
+        if module is not None and plain_module(module) is not plain_module(self._module):
             raise ValueError("module must be the one given to make_private")
         if self._optimizer.smoothing is not None:
             # First: it raises where a parameter was written to at the evaluation point, and can be called again.
@@ -395,5 +398,5 @@ class PrivacyEngine:
             raise RuntimeError("this engine trains a model already: detach it first, or use another engine")
 
     def _check_attached(self, module: nn.Module, optimizer: DPOptimizer) -> None:
-        if module is not self._module or optimizer is not self._optimizer:
+        if self._module is None or optimizer is not self._optimizer or plain_module(module) is not plain_module(self._module):
             raise ValueError("module and optimizer must be those that make_private of this engine returned")

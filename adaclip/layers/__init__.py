@@ -8,10 +8,12 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from adaclip.layers.base import Layer, Part, ReplacedForward, RootForward, part_from_samples
+from adaclip.layers.compiled import plain_module, plain_names, renamed
 from adaclip.layers.conv import ConvLayer, StandardizedConvLayer
 from adaclip.layers.fallback import FallbackLayer
 from adaclip.layers.linear import EmbeddingLayer, LinearLayer
 from adaclip.layers.norm import GroupNormLayer, InstanceNormLayer, LayerNormLayer
+from adaclip.layers.relu import ReLULayer
 from adaclip.layers.tape import Tape, Use
 from adaclip.layers.ws_conv import WSConv2d
 
@@ -23,7 +25,11 @@ __all__ = [
     "Tape",
     "Use",
     "build_layers",
+    "build_reliefs",
     "part_from_samples",
+    "plain_module",
+    "plain_names",
+    "renamed",
 ]
 
 _ADAPTERS: dict[type[nn.Module], type[Layer]] = {
@@ -106,3 +112,14 @@ def build_layers(root: nn.Module, tape: Tape, backend: str) -> list[Layer]:
             stacklevel=4,
         )
     return layers
+
+
+def build_reliefs(root: nn.Module, layers: list[Layer]) -> list[ReplacedForward]:
+    """What stands in for modules without parameters: they learn nothing, but compile badly."""
+    # What the generic layers run, they run as it is.
+    left = {m for layer in layers if isinstance(layer, FallbackLayer) for m in layer.module.modules()}
+    return [
+        ReLULayer(m)
+        for m in root.modules()
+        if type(m) is nn.ReLU and "forward" not in m.__dict__ and m not in left
+    ]
