@@ -83,6 +83,7 @@ def conv(
     forward: int,
     copy: bool,
 ) -> Tensor:
+    tape.called(slot, copy)
     return _conv(x, weight, bias, stride, padding, dilation, groups, save_output, ticket, slot, forward, copy)
 
 
@@ -128,6 +129,7 @@ def _linear(x, weight, bias, ticket, slot, forward, copy):
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, ticket: Tensor, slot: int, forward: int, copy: bool
 ) -> Tensor:
+    tape.called(slot, copy)
     return _linear(x, weight, bias, ticket, slot, forward, copy)
 
 
@@ -154,6 +156,7 @@ def _embedding(indices, weight, ticket, slot, forward, copy):
 
 @custom_op("adaclip::embedding", mutates_args=())
 def embedding(indices: Tensor, weight: Tensor, ticket: Tensor, slot: int, forward: int, copy: bool) -> Tensor:
+    tape.called(slot, copy)
     return _embedding(indices, weight, ticket, slot, forward, copy)
 
 
@@ -193,6 +196,7 @@ def group_norm(
     forward: int,
     copy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    tape.called(slot, copy)
     return _group_norm(x, weight, bias, groups, eps, backend, ticket, slot, forward, copy)
 
 
@@ -247,6 +251,7 @@ def layer_norm(
     forward: int,
     copy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    tape.called(slot, copy)
     return _layer_norm(x, weight, bias, normalized, eps, ticket, slot, forward, copy)
 
 

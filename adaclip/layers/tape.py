@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Slot", "Tape", "Use", "mark", "record"]
+__all__ = ["Slot", "Tape", "Use", "called", "mark", "record"]
 
 _numbers = itertools.count()
 _calls = itertools.count(1)
@@ -60,6 +60,10 @@ class Slot:
         # takes no tensors of the CPU.
         self.ticket = torch.zeros(0, device=device)
         _slots[self.number] = self
+
+    def renew(self) -> None:
+        """A fresh ticket for the next call of a compiled region, as for every use in eager mode."""
+        self.ticket = self.ticket.new_empty(0)
 
     def call_args(self) -> tuple[Tensor, int, int, bool]:
         """The arguments (ticket, slot, forward, copy) every layer operation ends with."""
@@ -162,6 +166,13 @@ def record(tensors: list[Tensor], slot: int, forward: int, copy: bool) -> None:
     tape.on_record()
     number = forward or tape.number_of(torch._C._current_autograd_node())
     place.uses.append(Use([t.clone() if copy else t.detach() for t in tensors], number))
+
+
+def called(slot: int, copy: bool) -> None:
+    """A layer is called; by its forward operation when it runs, which is not when it is traced."""
+    place = _slots.get(slot) if copy else None
+    if place is not None:
+        place.renew()
 
 
 def mark(tape: int, ends: bool) -> None:
