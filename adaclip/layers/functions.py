@@ -49,15 +49,15 @@ def _register(op, forward, setup, backward):
 
 
 def _save(ctx, ticket, slot, forward, copy, *tensors):
-    # A compiler must see the ticket it hands to `record`. In eager mode it is not saved like the
-    # others: autograd would notice that a first backward mutated it, before we can explain the second.
-    ctx.save_for_backward(*tensors, *([ticket] if copy else []))
-    ctx.ticket = None if copy else ticket
+    ctx.save_for_backward(*tensors)
+    # Not saved like the others: autograd would notice that it was mutated, in eager mode before we can explain a second
+    # backward, and where a layer is used twice in one compiled graph, whose uses share a ticket.
+    ctx.ticket = ticket
     ctx.record = slot, forward, copy
 
 
 def _saved(ctx):
-    return ctx.saved_tensors if ctx.ticket is None else (*ctx.saved_tensors, ctx.ticket)
+    return *ctx.saved_tensors, ctx.ticket
 
 
 # --- convolution: records x, g, and with save_output the products <y, g> per output channel ---------
