@@ -13,6 +13,7 @@ from adaclip.clipped_sum import ClippedSum
 from adaclip.groups import LabelGroups
 from adaclip.layers import WSConv2d
 from adaclip.models import build
+from adaclip.smoothing import SmoothedLoss
 from adaclip.testing import private_step, square_loss
 
 # Inductor takes seconds a model, and differs from this one only below the graph.
@@ -131,6 +132,18 @@ def test_training_and_evaluation_take_turns():
             found = forward.eval()(x)
         assert torch.allclose(found, model(x), atol=1e-6)
     assert graphs() == 2
+
+
+def test_evaluation_in_the_middle_of_a_smoothed_batch_is_of_the_parameters():
+    _, model, _, loader = private(smoothing=SmoothedLoss(tau=0.5))
+    forward, x = compiled(model), data(4)[0]
+    expected = model.eval()(x)
+    for batch, _ in loader:
+        model.train()
+        forward(batch)
+        assert not torch.allclose(model[0].weight, small_model()[0].weight)
+        assert torch.equal(forward.eval()(x), expected)
+        break
 
 
 def test_evaluation_gradients_are_the_users():

@@ -106,20 +106,25 @@ class RootForward(ReplacedForward):
         learning = self.module.training and torch.is_grad_enabled()
         if torch.compiler.is_compiling():
             if not learning:
-                return self.original(*args, **kwargs)
+                run = self.original if self.away is nullcontext else self._evaluate
+                return run(*args, **kwargs)
             # Operations, not the numbers themselves: a changing one would recompile the model at every step.
             torch.ops.adaclip.mark(self.tape.ticket, self.tape.number, False)
             result = self.original(*args, **kwargs)
             torch.ops.adaclip.mark(self.tape.ticket, self.tape.number, True)
             return result
         if not learning:
-            with self.away():
-                return self.original(*args, **kwargs)
+            return self._evaluate(*args, **kwargs)
         self.tape.enter()
         try:
             return self.original(*args, **kwargs)
         finally:
             self.tape.leave()
+
+    @torch.compiler.disable(reason="adaclip moves the parameters back from the point where gradients are taken")
+    def _evaluate(self, *args, **kwargs):
+        with self.away():
+            return self.original(*args, **kwargs)
 
 
 class Layer(ReplacedForward):
