@@ -195,7 +195,8 @@ class ClippedSum:
             elif p.grad is not made[0] or p.grad._version != made[1]:
                 raise RuntimeError(
                     f"the gradient of parameter {self._name_of(p)} was changed between backward() and step(): "
-                    "the noise would no longer cover it"
+                    "the noise would no longer cover it. Leave out what changes it (GradScaler.unscale_, "
+                    "clip_grad_norm_) and call optimizer.zero_grad()"
                 )
 
     def check_rows(self) -> None:
@@ -389,6 +390,9 @@ class ClippedSum:
 
     def _add(self, p: nn.Parameter, grad: Tensor) -> None:
         if p.grad is None:
+            if p.grad_dtype != grad.dtype:
+                # 16-bit parameters: their sum is kept in float32, and rounded when noise is in it.
+                p.grad_dtype = grad.dtype
             p.grad = grad.detach()
         else:
             p.grad.add_(grad)

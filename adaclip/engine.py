@@ -318,6 +318,8 @@ class PrivacyEngine:
         self._used_keys += [self._optimizer._source] if self._optimizer.releases else []
         for p in self._module.parameters():
             p.grad = None
+            if p.grad_dtype != p.dtype:
+                p.grad_dtype = p.dtype
         attached, self._module = self._module, None
         self._replaced, self._optimizer, self._loader, self._booked_epoch = [], None, None, None
         return attached

@@ -11,6 +11,7 @@ from adaclip.batches import BatchInfo
 from adaclip.clipped_sum import ClippedSum
 from adaclip.clipping import Clipping
 from adaclip.groups import LabelGroups
+from adaclip.master import keep_wide_state
 from adaclip.noise import STREAM_GRADIENT, NoiseSource
 from adaclip.schedules import Schedule
 from adaclip.smoothing import EvaluationPoint
@@ -220,15 +221,20 @@ class DPOptimizer(torch.optim.Optimizer):
         Raises PrivacyBudgetExceeded (nothing changed, nothing spent) when the step would pass the
         budget, and RuntimeError when `p.grad` is not the clipped sum or the batch was released before.
         """
+        # Before the closure, which would make a gradient. It leaves them on us where step() raises.
+        if self.__dict__.keys() & {"grad_scale", "found_inf"}:
+            self.__dict__.pop("grad_scale", None)
+            self.__dict__.pop("found_inf", None)
+            raise RuntimeError(
+                "torch.amp.GradScaler scales the loss before gradients are clipped, so C would bound something else, "
+                "and its scale follows private gradients without noise: call optimizer.zero_grad(), loss.backward() "
+                "and optimizer.step() without it. bfloat16 autocast needs no scaler; under float16, multiply the loss "
+                "and max_grad_norm by one constant"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if getattr(self, "grad_scale", None) is not None:
-            raise RuntimeError(
-                "torch.amp.GradScaler scales the loss before the gradients are clipped, so C would bound "
-                "something else: call loss.backward() and optimizer.step() without it (bfloat16 needs no scaler)"
-            )
         info = self._batch()
         if info is not None and not info.last:
             return loss
@@ -309,6 +315,7 @@ class DPOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         self.original_optimizer.load_state_dict(state_dict)
+        keep_wide_state(self.original_optimizer, state_dict)
 
     def __repr__(self) -> str:
         return f"DPOptimizer(noise_multiplier={self.noise_multiplier}, {self.original_optimizer!r})"

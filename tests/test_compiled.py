@@ -135,7 +135,7 @@ def test_training_and_evaluation_take_turns():
 
 
 def test_evaluation_in_the_middle_of_a_smoothed_batch_is_of_the_parameters():
-    _, model, _, loader = private(smoothing=SmoothedLoss(tau=0.5))
+    _, model, _, loader = private(smoothing=SmoothedLoss(tau=0.5, signal="always"))
     forward, x = compiled(model), data(4)[0]
     expected = model.eval()(x)
     for batch, _ in loader:

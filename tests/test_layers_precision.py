@@ -153,8 +153,7 @@ def test_16_bit_models(module, shape, backend):
     for share in (151.5 / 256, 179.5 / 256, 213.5 / 256):
         bound = float(norms) * share
         found, seen = private_step(model, x, y, square_loss, max_grad_norm=bound, backend=backend)
-        assert {t.dtype for t in found.values()} == {torch.bfloat16}
+        assert {t.dtype for t in found.values()} == {torch.float32}
         assert torch.equal(seen, norms)
         total = torch.cat([t.double().flatten() for t in found.values()]).norm()
-        # Entries are rounded once, each its own way.
-        assert float(total) == pytest.approx(bound, rel=1e-3)
+        assert bound * (1 - 1e-5) <= float(total) <= bound * LIMIT

@@ -214,15 +214,16 @@ def sum_views(t: Tensor, views: int) -> Tensor:
 
 
 def as_gradient(p: nn.Parameter, total: Tensor) -> tuple[nn.Parameter, Tensor]:
-    """(p, total), total in p's dtype, as torch wants a `.grad`.
+    """(p, total), total in p's dtype, and in float32 if that has 16 bits.
 
-    Each sample's contribution is bounded up to here, in at least float32. Under a 16-bit parameter the
-    sum of them is now rounded once, by at most 2^-8 (bfloat16) or 2^-11 (float16) of each entry.
+    Each sample's contribution is bounded up to here, in at least float32. A sum rounded to 16 bits would move by more
+    than a contribution when a sample joins.
     """
-    total = total.to(p.dtype)
+    dtype = reference.wide_dtype(p.dtype)
+    total = total.to(dtype)
     if p.device.type != "cpu" and total.stride() != p.stride():
         # GPU libraries have their own order of dimensions; the fused update needs the parameter's.
-        total = torch.empty_like(p).copy_(total)
+        total = torch.empty_like(p, dtype=dtype).copy_(total)
     return p, total
 
 
