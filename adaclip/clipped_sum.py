@@ -195,8 +195,7 @@ class ClippedSum:
             elif p.grad is not made[0] or p.grad._version != made[1]:
                 raise RuntimeError(
                     f"the gradient of parameter {self._name_of(p)} was changed between backward() and step(): "
-                    "the noise would no longer cover it. Leave out what changes it (GradScaler.unscale_, "
-                    "clip_grad_norm_) and call optimizer.zero_grad()"
+                    "the noise would no longer cover it (leave out clip_grad_norm_ and the like)"
                 )
 
     def check_rows(self) -> None:

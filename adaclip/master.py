@@ -46,9 +46,10 @@ def float32_parameters(optimizer: torch.optim.Optimizer, params: Iterable[Tensor
         yield
     finally:
         for p in short:
-            if p.data is not rounded[p]:
+            if p.dtype not in _SHORT:
                 optimizer.state[p][MASTER], p.data = p.data, rounded[p]
-                p.copy_(optimizer.state[p][MASTER])
+                with torch.no_grad():
+                    p.copy_(optimizer.state[p][MASTER])
             p.grad = grads[p]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -19,6 +20,13 @@ from adaclip.step_release import check_noise, gradient_sigma
 from adaclip.update import noisy_update
 
 __all__ = ["DPOptimizer"]
+
+_NO_SCALER = (
+    "torch.amp.GradScaler scales the loss before gradients are clipped, so C would bound something else, and its scale "
+    "follows private gradients without noise: call loss.backward() and optimizer.step() without it, from the next batch "
+    "on. bfloat16 autocast needs no scaler; under float16, multiply the loss and max_grad_norm, and divide lr, by one "
+    "constant"
+)
 
 
 class DPOptimizer(torch.optim.Optimizer):
@@ -84,6 +92,9 @@ class DPOptimizer(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict]:
+        # GradScaler.unscale_ changes gradients in a way that their version counters do not tell. It asks for them here.
+        if sys._getframe(1).f_code.co_name == "_unscale_grads_":
+            raise RuntimeError(_NO_SCALER)
         return self.original_optimizer.param_groups
 
     @param_groups.setter
@@ -225,12 +236,7 @@ class DPOptimizer(torch.optim.Optimizer):
         if self.__dict__.keys() & {"grad_scale", "found_inf"}:
             self.__dict__.pop("grad_scale", None)
             self.__dict__.pop("found_inf", None)
-            raise RuntimeError(
-                "torch.amp.GradScaler scales the loss before gradients are clipped, so C would bound something else, "
-                "and its scale follows private gradients without noise: call optimizer.zero_grad(), loss.backward() "
-                "and optimizer.step() without it. bfloat16 autocast needs no scaler; under float16, multiply the loss "
-                "and max_grad_norm by one constant"
-            )
+            raise RuntimeError(_NO_SCALER)
         loss = None
         if closure is not None:
             with torch.enable_grad():
