@@ -400,5 +400,9 @@ class PrivacyEngine:
             raise RuntimeError("this engine trains a model already: detach it first, or use another engine")
 
     def _check_attached(self, module: nn.Module, optimizer: DPOptimizer) -> None:
-        if self._module is None or optimizer is not self._optimizer or plain_module(module) is not plain_module(self._module):
+        if (
+            self._module is None
+            or optimizer is not self._optimizer
+            or plain_module(module) is not plain_module(self._module)
+        ):
             raise ValueError("module and optimizer must be those that make_private of this engine returned")

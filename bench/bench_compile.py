@@ -66,7 +66,9 @@ def check(model_name: str, batch_size: int = 8) -> dict:
         truth = true_sum(model_name)
         loop_error = max(relative_error(found[name], total) for name, total in truth.items())
         if not loop_error <= 1e-4:
-            raise AssertionError(f"clipped sum of {model_name} is off by {loop_error:.1e} from the float64 loop's")
+            raise AssertionError(
+                f"clipped sum of {model_name} is off by {loop_error:.1e} from the float64 loop's"
+            )
     return {"graphs": graphs, "graph_breaks": breaks, **errors}
 
 

@@ -236,9 +236,16 @@ def test_layers_used_twice_and_frozen_ones():
     for compile in (False, True):
         model = Shared()
         trained = [p for p in model.parameters() if p.requires_grad]
-        _, model, optimizer, loader = private(model, optimizer=torch.optim.SGD(trained, lr=0.1), pad_to="auto")
+        _, model, optimizer, loader = private(
+            model, optimizer=torch.optim.SGD(trained, lr=0.1), pad_to="auto"
+        )
         before = model.frozen.weight.clone()
-        steps(model, optimizer, loader, forward=compiled(model, "inductor", fullgraph=True) if compile else model)
+        steps(
+            model,
+            optimizer,
+            loader,
+            forward=compiled(model, "inductor", fullgraph=True) if compile else model,
+        )
         assert torch.equal(before, model.frozen.weight)
         found.append(flat(model))
     assert graphs() == 1
@@ -392,7 +399,7 @@ def test_one_backward_for_each_of_several_forwards(way):
 @pytest.mark.parametrize("body", [twice, first_again, that_of_the_batch_before])
 def test_a_second_backward_over_a_forward_is_refused(way, body):
     # In compiled code torch sees it before we do, by the ticket that the first backward has used.
-    with pytest.raises(RuntimeError, match="two backward passes over one forward|modified by an inplace"):
+    with pytest.raises(RuntimeError, match=r"two backward passes over one forward|modified by an inplace"):
         attempt(way, body)
 
 
@@ -441,7 +448,7 @@ def test_ordinary_weight_gradients_are_not_computed():
     seen = aot_autograd(fw_compiler=make_boxed_compiler(look), bw_compiler=make_boxed_compiler(look))
     torch.manual_seed(0)
     model = build("vgg11", num_classes=3, in_channels=1, width=8, image_size=28)
-    _, model, optimizer, loader = private(model, pad_to="auto")
+    _, model, _, _ = private(model, pad_to="auto")
     forward = torch.compile(model, backend=seen, fullgraph=True)
     x = torch.randn(4, 1, 28, 28)
     forward(x).sum().backward()

@@ -228,7 +228,7 @@ def test_a_gradient_scaler(scale, call):
     before = flat(model)
     scaler.scale(square_loss(model(x), y)).backward()
     grads = [p.grad.clone() for p in model.parameters()]
-    with pytest.raises(RuntimeError, match="GradScaler.*without it"):
+    with pytest.raises(RuntimeError, match=r"GradScaler.*without it"):
         getattr(scaler, call)(optimizer)
     assert len(engine.accountant) == 0
     assert torch.equal(flat(model), before)

@@ -127,9 +127,14 @@ def test_an_error_leaves_16_bit_parameters():
     grads = [torch.ones_like(p) for p in params]
     for p, grad in zip(params, grads, strict=True):
         p.grad = grad
-    with pytest.raises(KeyError), float32_parameters(optimizer, params):
-        assert {p.dtype for p in params} == {torch.float32}
-        raise KeyError
+
+    def fail():
+        with float32_parameters(optimizer, params):
+            assert {p.dtype for p in params} == {torch.float32}
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     for p, was, grad in zip(params, before, grads, strict=True):
         assert torch.equal(p, was)
         assert p.grad is grad
@@ -210,7 +215,11 @@ def test_a_checkpoint_goes_on_with_the_same_bits(tmp_path, name):
     for pair in ((model, optimizer, loader), (other, resumed, again)):
         pair[0].eval()
         noisy_update(
-            pair[1].original_optimizer, pair[1].trained(), [0.1] * len(pair[1].trained()), NoiseSource(KEY), 99
+            pair[1].original_optimizer,
+            pair[1].trained(),
+            [0.1] * len(pair[1].trained()),
+            NoiseSource(KEY),
+            99,
         )
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q)

@@ -121,7 +121,9 @@ class RootForward(ReplacedForward):
         finally:
             self.tape.leave()
 
-    @torch.compiler.disable(reason="adaclip moves the parameters back from the point where gradients are taken")
+    @torch.compiler.disable(
+        reason="adaclip moves the parameters back from the point where gradients are taken"
+    )
     def _evaluate(self, *args, **kwargs):
         with self.away():
             return self.original(*args, **kwargs)
