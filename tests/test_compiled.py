@@ -4,9 +4,15 @@ import warnings
 
 import pytest
 import torch
+import torch._inductor.lowering  # its decompositions look it up
 from small_engine import data, flat, labeled, private, small_model, train_labeled
 from torch import nn
+from torch._dynamo import compiled_autograd
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
 from torch.utils.checkpoint import checkpoint
 
 from adaclip.clipped_sum import ClippedSum
@@ -67,8 +73,10 @@ def steps(model, optimizer, loader, epochs=1, forward=None):
     return rows
 
 
-@pytest.mark.parametrize("how", [compiled, by_itself, in_parts, run_before])
-@pytest.mark.parametrize("backend", [FAST, "inductor"])
+@pytest.mark.parametrize(
+    ("how", "backend"),
+    [(compiled, FAST), (by_itself, FAST), (in_parts, FAST), (run_before, FAST), (compiled, "inductor")],
+)
 def test_before_and_after_make_private(backend, how):
     _, model, optimizer, loader = private()
     steps(model, optimizer, loader)
@@ -409,6 +417,20 @@ def test_two_forwards_in_one_backward_are_refused(way):
         attempt(way, two_rows_of_a_sample)
 
 
+@pytest.mark.parametrize("how", [compiled, lambda m: m], ids=["compiled", "eager"])
+def test_a_backward_compiled_as_a_whole_is_refused(how):
+    engine, model, _, loader = private()
+    for x, y in loader:
+        total = square_loss(how(model)(x), y)
+        with (
+            compiled_autograd._enable(torch.compile(backend="eager")),
+            pytest.raises(RuntimeError, match="compile the model alone"),
+        ):
+            total.backward()
+        break
+    assert len(engine.accountant) == 0
+
+
 @pytest.mark.parametrize("way", ["whole", "in two graphs", "regional", "inductor"])
 def test_uses_carry_the_number_of_their_forward_pass(way, monkeypatch):
     numbers = []
@@ -434,26 +456,29 @@ def test_a_layer_called_alone_is_numbered_by_its_call():
         break
 
 
-def test_ordinary_weight_gradients_are_not_computed():
-    """Neither in the backward's graph nor among what it saves: convolutions only ask for the input's."""
+def test_what_the_backward_computes_and_keeps():
+    """No ordinary weight gradient, and no mask of a ReLU in place of its output."""
     found = []
 
     def look(graph, inputs):
         found.append(graph)
-        return graph.forward
+        return make_boxed_func(graph.forward)
 
-    from torch._dynamo.backends.common import aot_autograd
-    from torch._functorch.aot_autograd import make_boxed_compiler
-
-    seen = aot_autograd(fw_compiler=make_boxed_compiler(look), bw_compiler=make_boxed_compiler(look))
+    seen = aot_autograd(
+        fw_compiler=look,
+        bw_compiler=look,
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )
     torch.manual_seed(0)
     model = build("vgg11", num_classes=3, in_channels=1, width=8, image_size=28)
     _, model, _, _ = private(model, pad_to="auto")
-    forward = torch.compile(model, backend=seen, fullgraph=True)
-    x = torch.randn(4, 1, 28, 28)
-    forward(x).sum().backward()
-    backward = found[-1]
+    torch.compile(model, backend=seen, fullgraph=True)(torch.randn(4, 1, 28, 28)).sum().backward()
+    forward, backward = found
+    saved = next(n for n in forward.graph.nodes if n.op == "output").args[0]
+    assert all(t.meta["val"].dtype != torch.bool for t in saved if hasattr(t, "meta"))
     convolutions = [n for n in backward.graph.nodes if "convolution_backward" in str(n.target)]
+    # Not the first one's: images need no gradient.
     assert len(convolutions) == 7
     assert all(n.args[-1] == [True, False, False] for n in convolutions)
     results = next(n for n in backward.graph.nodes if n.op == "output").args[0]

@@ -32,6 +32,10 @@ _tapes: weakref.WeakValueDictionary[int, Tape] = weakref.WeakValueDictionary()
 _MOST_WAITING = 1 << 16
 # Where a node keeps its number among the calls outside of forward passes.
 _CALL = "adaclip call"
+_COMPILED_BACKWARD = (
+    "a backward that is compiled as a whole (torch._dynamo.compiled_autograd) hides which forward pass it is of, and "
+    "when it is over: compile the model alone"
+)
 
 
 @dataclass
@@ -112,13 +116,8 @@ class Tape:
             return 0
         return self.current or -next(_calls)
 
-    def number_of(self, node: torch.autograd.graph.Node | None) -> int:
+    def number_of(self, node: torch.autograd.graph.Node) -> int:
         """`Use.forward` of a compiled region, by the node of its backward."""
-        if node is None:
-            raise RuntimeError(
-                "a backward that is compiled as a whole (torch._dynamo.compiled_autograd) hides which forward pass "
-                "it is of: compile the model alone"
-            )
         made = node._sequence_nr()
         for number, first, end in reversed(self._spans):
             if first <= made:
@@ -140,6 +139,8 @@ class Tape:
             slot.uses.clear()
 
     def on_record(self) -> None:
+        if torch._C._current_autograd_node() is None:
+            raise RuntimeError(_COMPILED_BACKWARD)
         task = torch._C._current_graph_task_id()
         if task == self._graph_task:
             return
