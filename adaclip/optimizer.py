@@ -45,6 +45,8 @@ class DPOptimizer(torch.optim.Optimizer):
     `noise_multiplier` is that of the whole step, gradient and statistics together, and the one that is booked;
     the gradient's share is `gradient_noise_multiplier` (`adaclip.step_release`). It may be changed between
     steps, or follow a schedule; every step books the value it uses.
+
+    16-bit parameters are updated on a float32 master copy, part of `state_dict` (`adaclip.master`).
     """
 
     # Makes torch.amp.GradScaler hand us its scale instead of changing the gradients behind our back.
