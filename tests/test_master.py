@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_engine import KEY, private, small_model, train
 from torch import nn
 
-from adaclip.master import MASTER, float32_parameters
+from adaclip.master import MASTER, float32_parameters, keep_wide_state
 from adaclip.noise import STREAM_GRADIENT, NoiseSource, chunks
 from adaclip.smoothing import DiSK, DPAdamBC, NoiseCorrectedNadam, SmoothedLoss
 from adaclip.testing import square_loss
@@ -266,3 +268,38 @@ def test_a_mixed_model_keeps_each_dtype():
     assert {p.dtype for p in mixed.body.parameters()} == {torch.float32}
     assert {p.dtype for p in mixed.head.parameters()} == {torch.bfloat16}
     assert all(MASTER not in optimizer.state[p] for p in mixed.body.parameters())
+
+
+@given(
+    moves=st.lists(st.sampled_from(["step", "set", "save"]), min_size=1, max_size=8),
+    lr=st.floats(1e-6, 10.0),
+    std=st.floats(0.0, 1.0),
+    dtype=st.sampled_from(SHORT),
+)
+@settings(max_examples=40, deadline=None)
+def test_the_parameter_is_always_the_masters_rounded_value(moves, lr, std, dtype):
+    params = short_parameters(dtype)
+    optimizer, source = torch.optim.SGD(params, lr=lr, momentum=0.9), NoiseSource(KEY)
+    for step, move in enumerate(moves):
+        if move == "step":
+            noisy_update(optimizer, params, [std] * 2, source, step)
+            assert all(torch.equal(p, optimizer.state[p][MASTER].to(dtype)) for p in params)
+        elif move == "set":
+            with torch.no_grad():
+                params[0][step % 5] = step
+        else:
+            saved = optimizer.state_dict()
+            optimizer = torch.optim.SGD(params, lr=lr, momentum=0.9)
+            optimizer.load_state_dict(saved)
+            keep_wide_state(optimizer, saved)
+        wide = [t for p in params for t in optimizer.state[p].values()]
+        assert {t.dtype for t in wide} <= {torch.float32}
+    # An element that was set is what the next update starts from.
+    before = params[0].detach().clone()
+    noisy_update(optimizer, params, [0.0] * 2, source, 99)
+    moved = optimizer.state[params[0]][MASTER] + lr * optimizer.state[params[0]]["momentum_buffer"]
+    assert bool(
+        (
+            (moved - before.float()).abs() <= before.float().abs() * torch.finfo(dtype).eps + 1e-4 * (1 + lr)
+        ).all()
+    )
