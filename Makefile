@@ -18,8 +18,8 @@ PIP := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --dis
 CORE := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
-# What runs on a GPU: .venv if it is made, else the Python that adaclip was installed in.
-GPU_PYTHON ?= $(if $(wildcard $(VENV)/.installed),$(CURDIR)/$(BIN)/python,$(PYTHON))
+# What runs on a GPU: .venv if it is made, else the Python that adaclip was installed in: an active environment's.
+GPU_PYTHON ?= $(if $(wildcard $(VENV)/.installed),$(CURDIR)/$(BIN)/python,python3)
 
 .PHONY: train mnist test bench gpu sanitize-gpu lint format clean
 
@@ -43,10 +43,10 @@ gpu:
 	$(GPU_PYTHON) -m bench.gpu $(ARGS)
 
 # In tests/: the folder above would hide an installed adaclip behind its sources. Without torch's cache of memory every
-# tensor is an allocation of its own, whose ends memcheck knows.
+# tensor is an allocation of its own, whose ends memcheck knows. Without a GPU or the kernels it fails, and skips nothing.
 sanitize-gpu:
 	cd tests && for tool in memcheck racecheck synccheck; do \
-		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+		ADACLIP_NEEDS_CUDA=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
 			$(GPU_PYTHON) -m pytest -p no:cacheprovider test_cuda_kernels.py || exit 1; \
 	done
 

@@ -107,18 +107,25 @@ class Views:
             samples repeated; a CPU generator) -> the views, row by row as many. It must make each row of that
             row alone, with numbers of the generator that no image decides: a sample's views may depend neither
             on other samples nor on how many there are.
-        source: where the generator of each logical batch comes from, at the address (its step, STREAM_VIEWS).
+        source: where the generator of each logical batch comes from, at the address (its step, `stream`).
+        stream: of this process: two processes that share a source must not draw the same views.
 
     Raises:
         TypeError, ValueError: for arguments as described; from `make`, for batches without such images.
     """
 
-    def __init__(self, count: int, augmentation: Augmentation | None, source: NoiseSource) -> None:
+    def __init__(
+        self,
+        count: int,
+        augmentation: Augmentation | None,
+        source: NoiseSource,
+        stream: int = STREAM_VIEWS,
+    ) -> None:
         check_count("views", count)
         check_augmentation(augmentation)
         self.count = count
         self._augmentation = None if augmentation == "none" else augmentation
-        self._source = source
+        self._source, self._stream = source, stream
         self._generator: torch.Generator | None = None
 
     @property
@@ -131,7 +138,7 @@ class Views:
         if self._augmentation is None:
             return batch if self.count == 1 else repeat_rows(batch, info.padded_rows, self.count)
         if info.first or self._generator is None:
-            self._generator = self._source.generator(info.step, STREAM_VIEWS)
+            self._generator = self._source.generator(info.step, self._stream)
         if isinstance(batch, Tensor):
             return self._augmented(batch, info.padded_rows)
         if not isinstance(batch, (tuple, list)) or not batch or not isinstance(batch[0], Tensor):

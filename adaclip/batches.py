@@ -19,6 +19,8 @@ from torch.utils.data import (
     get_worker_info,
 )
 
+from adaclip.layout import is_channels_last
+
 if TYPE_CHECKING:
     from adaclip.augment import Views
 
@@ -159,7 +161,9 @@ def _map_rows(fn: Callable[[Tensor], Tensor], batch: Any, rows: int | None, verb
 def _uninitialized(like: Tensor, rows: int) -> Tensor:
     # Pinning is kept in the main process; a worker may not touch the CUDA context it was forked with.
     pinned = get_worker_info() is None and like.is_pinned()
-    return torch.empty((rows, *like.shape[1:]), dtype=like.dtype, device=like.device, pin_memory=pinned)
+    layout = torch.channels_last if is_channels_last(like) else torch.contiguous_format
+    made = {"dtype": like.dtype, "device": like.device, "pin_memory": pinned, "memory_format": layout}
+    return torch.empty((rows, *like.shape[1:]), **made)
 
 
 def _leaves(batch: Any) -> Iterator[Any]:

@@ -16,8 +16,9 @@ from adaclip.batches import LoaderBase
 from adaclip.budget import Budget
 from adaclip.layers import plain_names, renamed
 from adaclip.optimizer import DPOptimizer
+from adaclip.shards import cut, cut_like, is_sharded, whole_state
 
-__all__ = ["VERSION", "Lineage", "check", "collect", "load", "restore", "save"]
+__all__ = ["VERSION", "Lineage", "check", "check_module", "collect", "load", "restore", "save"]
 
 VERSION = 3
 
@@ -74,8 +75,8 @@ def collect(
 ) -> dict[str, Any]:
     """What a checkpoint holds: everything that a run continues from, but the noise key."""
     return {
-        "module": plain_names(module.state_dict()),
-        "optimizer": optimizer.state_dict(),
+        "module": whole_state(plain_names(module.state_dict())),
+        "optimizer": whole_state(optimizer.state_dict()),
         "accountant": accountant.state_dict(),
         "run": run,
         "kinds": _kinds(optimizer, loader),
@@ -102,7 +103,7 @@ def check(
 
     budget: that of the run it is loaded into, which goes before the checkpoint's own.
     """
-    _check_module(state["module"], module)
+    check_module(state["module"], module)
     _check_kinds(state["kinds"], _kinds(optimizer, loader))
     ledger = Ledger.from_state_dict(state["accountant"])
     _check_kinds({"adjacency": ledger.adjacency}, {"adjacency": accountant.adjacency})
@@ -124,9 +125,20 @@ def restore(state: dict[str, Any], module: nn.Module, optimizer: DPOptimizer, lo
         if part is not None:
             part.load_state_dict(state["parts"][name]["state"])
     loader.load_state_dict(state["loader"])
-    optimizer.load_state_dict(state["optimizer"])
-    module.load_state_dict(renamed(state["module"], module.state_dict()))
+    optimizer.load_state_dict(_as_held(state["optimizer"], optimizer))
+    ours = module.state_dict()
+    module.load_state_dict(
+        {k: cut(t, ours[k]) if is_sharded(ours[k]) else t for k, t in renamed(state["module"], ours).items()}
+    )
     optimizer.releases = max(optimizer.releases, state["releases"])
+
+
+def _as_held(state: dict[str, Any], optimizer: DPOptimizer) -> dict[str, Any]:
+    """An optimizer's state with its tensors cut as its parameters are."""
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [i for group in state["param_groups"] for i in group["params"]]
+    of = dict(zip(numbers, held, strict=True))
+    return {**state, "state": {i: cut_like(mine, of[i]) for i, mine in state["state"].items()}}
 
 
 class Lineage:
@@ -169,7 +181,7 @@ def _parts(optimizer: DPOptimizer) -> dict[str, Any]:
     }
 
 
-def _check_module(saved: dict[str, torch.Tensor], module: nn.Module) -> None:
+def check_module(saved: dict[str, torch.Tensor], module: nn.Module) -> None:
     """Raise ValueError unless `saved` fits the module exactly, tensor by tensor."""
     ours = plain_names(module.state_dict())
     missing, unknown = sorted(ours.keys() - saved.keys()), sorted(saved.keys() - ours.keys())

@@ -22,6 +22,8 @@ from adaclip.batches import BatchInfo
 from adaclip.clipping import Clipping, Setting
 from adaclip.groups import LabelGroups
 from adaclip.layers import Layer, Part, Tape, part_from_samples
+from adaclip.processes import Processes
+from adaclip.shards import reshard, shared_out
 from adaclip.step_release import Statistics
 
 __all__ = ["ClippedSum", "FixedBatch"]
@@ -46,6 +48,8 @@ class ClippedSum:
     groups, labels: the label groups, if any, and what is called for the labels of the batch in hand.
     views: how many consecutive rows of the model are views of one sample. A sample's gradient is their
       mean, which is what is clipped.
+    processes: those that make the sum together, each of its own samples.
+    sharded: the model whose parameters are cut up among them (`adaclip.shards`), if they are.
 
     Making one changes nothing; `reset` begins its work.
     """
@@ -64,7 +68,11 @@ class ClippedSum:
         groups: LabelGroups | None = None,
         labels: Callable[[], Tensor | None] | None = None,
         views: int = 1,
+        processes: Processes | None = None,
+        sharded: nn.Module | None = None,
     ):
+        self._processes = Processes.alone() if processes is None else processes
+        self._sharded = sharded
         self._layers = layers
         self._tape = tape
         self._parameters = parameters
@@ -77,20 +85,21 @@ class ClippedSum:
         self.clipping = clipping
         self.groups = groups
         wanted = set(parameters())
-        trained = [layer for layer in layers if wanted.intersection(layer.trainable())]
+        if clipping.per_parameter:
+            blocks = [[p] for p in dict.fromkeys(parameters())]
+        else:
+            blocks = [layer.parameters() for layer in layers if wanted.intersection(layer.trainable())]
         setting = Setting(
-            layers=len(trained),
-            parameters=tuple(
-                sum(p.numel() for p in wanted.intersection(layer.trainable())) for layer in trained
-            ),
+            layers=len(blocks),
+            parameters=tuple(sum(p.numel() for p in wanted.intersection(block)) for block in blocks),
             expected_batch_size=denominator,
             device=next(iter(parameters())).device,
             backend=backend,
         )
         self._groups = clipping.bind(setting)
         self._group_of: dict[nn.Parameter, int] = {}
-        for k, layer in enumerate(trained):
-            for p in layer.parameters():
+        for k, block in enumerate(blocks):
+            for p in block:
                 self._group_of.setdefault(p, k if self._groups > 1 else 0)
         sides = [] if clipping.side is None else [clipping.side]
         if groups is not None:
@@ -140,6 +149,11 @@ class ClippedSum:
         if self._thresholds is None:
             self.clipping.begin(self.release)
             self._thresholds = self.clipping.thresholds, self.clipping.thresholds._version
+
+    @property
+    def begun(self) -> bool:
+        """Whether something was clipped to the thresholds in force, and is not released yet."""
+        return self._thresholds is not None
 
     def open(self, info: BatchInfo) -> None:
         """`begin` the sum of that batch: the host's part of its backward, where a replay is what follows."""
@@ -220,11 +234,27 @@ class ClippedSum:
                     return f"{layer.name}.{name}" if layer.name else name
         return f"of shape {tuple(parameter.shape)}"
 
+    def combine(self) -> None:
+        """Put the whole logical batch's sums into the place of this process's own; once, before their release.
+
+        Every process calls it at the same point. Raises RuntimeError if one of them was lost.
+        """
+        if self._processes.size == 1:
+            return
+        # Sharded ones were added up as they were made.
+        params = [p for p in self._parameters() if self._sharded is None]
+        for p in params:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        self._processes.add_up([*(p.grad for p in params), self.statistics.sums])
+
     # --- the end of a backward ---------------------------------------------------------------------
 
     def finish(self) -> None:
         """Turn what the backward recorded into factors and add the weighted gradients to `p.grad`."""
         used = [layer for layer in self._layers if layer.slot.uses]
+        if self._sharded is not None:
+            reshard(self._sharded)
         try:
             if not used:
                 raise RuntimeError(
@@ -341,8 +371,13 @@ class ClippedSum:
         else:
             self.sample_norms = norms[:real]
             self.non_finite += (~self.sample_norms.isfinite()).sum()
-        # The largest tensors are released first: the weight gradients take their place.
-        parts.sort(key=lambda kp: kp[1].held)
+        if self._sharded is None:
+            # The largest tensors are released first: the weight gradients take their place.
+            parts.sort(key=lambda kp: kp[1].held)
+        else:
+            # Gradients are added up as they are made, and all processes must make the same ones in one order.
+            parts.reverse()
+            self._processes.agree("backward()", None, [len(parts)])
         while parts:
             k, part = parts.pop()
             for p, grad in part.weigh(factors[k]):
@@ -369,13 +404,17 @@ class ClippedSum:
         owners = Counter(p for layer in used for p in layer.trainable())
         for layer in used:
             mine = wanted.intersection(layer.trainable())
-            groups = {self.group_of(p) for p in mine}
+            # In the layer's order, the same in every process: a set's is not.
+            groups: dict[int, set[nn.Parameter]] = {}
+            for p in layer.trainable():
+                if p in mine:
+                    groups.setdefault(self.group_of(p), set()).add(p)
             # One after the other: the same uses with views as positions take memory of their own.
             uses = [layer.fold(use, self._views) for use in layer.slot.uses]
             layer.slot.uses.clear()
             whole = layer.merge(uses)
-            if whole is not None and len(groups) == 1 and all(owners[p] == 1 for p in mine):
-                parts.append((groups.pop(), layer.measure(whole, mine)))
+            if whole is not None and all(owners[p] == 1 for p in mine):
+                parts += [(k, layer.measure(whole, own)) for k, own in groups.items()]
             elif mine:
                 # Used twice, or shared: the sample's gradient is the sum over uses, and the norm of a
                 # sum needs the summands themselves.
@@ -388,6 +427,8 @@ class ClippedSum:
         return parts
 
     def _add(self, p: nn.Parameter, grad: Tensor) -> None:
+        if self._sharded is not None:
+            grad = shared_out(p, grad)
         if p.grad is None:
             if p.grad_dtype != grad.dtype:
                 # 16-bit parameters: their sum is kept in float32, and rounded when noise is in it.

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
+from adaclip.layout import is_channels_last
+
 __all__ = ["TensorColumns", "to_device"]
 
 
@@ -42,7 +44,7 @@ class TensorColumns:
         """Return the examples `indices` (int64 [B], on the CPU) in the container that the data came in."""
         rows = indices if self._index is None else self._index[indices]
         there = {device: to_device(rows, device) for device in {t.device for t in self._tensors}}
-        return self._pack([t.index_select(0, there[t.device]) for t in self._tensors])
+        return self._pack([_gathered(t, there[t.device]) for t in self._tensors])
 
     @classmethod
     def of(cls, dataset: Any) -> TensorColumns | None:
@@ -56,10 +58,17 @@ class TensorColumns:
             return cls(tuple(dataset), type(dataset))
         index = None
         while type(dataset) is Subset:
-            outer = torch.as_tensor(dataset.indices, dtype=torch.int64)
+            outer = torch.as_tensor(dataset.indices, dtype=torch.int64, device="cpu")
             if bool((outer < 0).any()):
                 return None
             index = outer if index is None else outer[index]
             dataset = dataset.dataset
         # The exact type: a subclass may override what an item is. A list is what torch's collate returns.
         return cls(dataset.tensors, list, index) if type(dataset) is TensorDataset else None
+
+
+def _gathered(t: Tensor, rows: Tensor) -> Tensor:
+    """t[rows]; images in channels_last stay so, which index_select makes contiguous."""
+    if is_channels_last(t):
+        return t.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
+    return t.index_select(0, rows)

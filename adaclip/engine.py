@@ -6,7 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -25,9 +25,14 @@ from adaclip.layers import ReplacedForward, RootForward, Tape, build_layers, bui
 from adaclip.noise import NoiseSource
 from adaclip.optimizer import DPOptimizer
 from adaclip.planning import calibrate_schedule, planned_events, planned_releases, quantized
+from adaclip.processes import Processes
 from adaclip.sampler import PoissonLoader
 from adaclip.schedules import Schedule, check_schedule
+from adaclip.shards import check_shards
 from adaclip.smoothing import EvaluationPoint, SmoothedLoss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["PrivacyEngine"]
 
@@ -58,10 +63,17 @@ class PrivacyEngine:
           for shuffled ones, for which add_remove has no guarantee.
     """
 
+    # What `adaclip.opacus` puts in their place.
+    _optimizer_class: type[DPOptimizer] = DPOptimizer
+    _make_loader = staticmethod(arguments.make_loader)
+    _planned_loader = staticmethod(arguments.planned_loader)
+
     def __init__(self, accountant: str = "pld", adjacency: str | None = None):
         self.accountant: Accountant = create_accountant(accountant, adjacency or "add_remove")
         self._adjacency = adjacency
+        # As it was given, and without the wrapper that it may have.
         self._module: nn.Module | None = None
+        self._model: nn.Module | None = None
         self._replaced: list[ReplacedForward] = []
         self._optimizer: DPOptimizer | None = None
         self._loader: PoissonLoader | EpochLoader | None = None
@@ -93,12 +105,12 @@ class PrivacyEngine:
         backend: str = "auto",
         loss_reduction: str = "mean",
         noise_generator: bytes | int | torch.Generator | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> tuple[nn.Module, DPOptimizer, PoissonLoader | EpochLoader]:
         """Return (module, optimizer, loader) for an unchanged training loop.
 
         Args:
-            module: the model; the same object comes back, its `forward`s replaced until `detach`. It may have
-              been through `torch.compile`, or be so later, as a whole or in parts.
+            module: the model; the same object comes back, its `forward`s replaced until `detach`.
               Every module along it must treat samples independently, samples along dimension 0.
             optimizer: any torch optimizer over (a subset of) the module's parameters; SGD, Adam, AdamW
               and NAdam get a fused noise + update pass. Parameters it does not hold are not trained.
@@ -128,6 +140,11 @@ class PrivacyEngine:
               gradient depend on the others, and the clipping norm mean something else.
             noise_generator: None takes a key from the operating system (the only private choice); a 32-byte key,
               an int or a torch.Generator is for tests and replay (noise repeats where a run is resumed with it).
+            process_group: the processes that train the model together, each calling this (`adaclip.processes`); None:
+              all of torch.distributed's where it is initialized. The model may be wrapped by
+              DistributedDataParallel, sharded by FSDP2's `fully_shard` before the optimizer is made, or neither: then
+              all start from the first process's parameters. The loader's batch_size is that of all processes
+              together, or, with a DistributedSampler, of each.
 
         Raises:
             ValueError, TypeError: an argument is wrong. UnsupportedModuleError: the model cannot be
@@ -135,82 +152,100 @@ class PrivacyEngine:
             changed in either case.
         """
         self._check_free()
-        compiled, module = module, plain_module(module)
-        arguments.check_options(
-            noise_multiplier=noise_multiplier,
-            noise_schedule=noise_schedule,
-            poisson_sampling=poisson_sampling,
-            groups=groups,
-            labels=labels,
-            backend=backend,
-            loss_reduction=loss_reduction,
-        )
-        arguments.check_single_process()
-        arguments.check_model(module)
-        arguments.check_optimizer(module, optimizer)
-        strategy = make_clipping(clipping, max_grad_norm)
-        source = arguments.make_source(noise_generator, self._used_keys)
-        loader = arguments.make_loader(
-            data_loader,
-            poisson_sampling,
-            max_batch_size=max_batch_size,
-            pad_to=pad_to,
-            views=views_per_sample,
-            augmentation=augmentation,
-            source=source,
-        )
-        if groups is not None:
-            loader.labels_of = class_labels if labels is None else labels
-        accountant = self._accountant_for(poisson_sampling)
+        processes = Processes(process_group)
+        with processes.together("make_private"):
+            arguments.check_options(
+                noise_multiplier=noise_multiplier,
+                noise_schedule=noise_schedule,
+                poisson_sampling=poisson_sampling,
+                groups=groups,
+                labels=labels,
+                backend=backend,
+                loss_reduction=loss_reduction,
+            )
+            # Whichever of both was compiled.
+            wrapper = plain_module(module)
+            model = plain_module(arguments.unwrapped(wrapper, processes))
+            arguments.check_model(model)
+            arguments.check_optimizer(model, optimizer, smoothing)
+            sharded = check_shards(model, processes)
+            strategy = make_clipping(clipping, max_grad_norm)
+            source = arguments.make_source(noise_generator, self._used_keys)
+        # One key for all, and the first process's.
+        source = processes.share(source)
+        with processes.together("make_private"):
+            loader = self._make_loader(
+                data_loader,
+                poisson_sampling,
+                processes,
+                max_batch_size=max_batch_size,
+                pad_to=pad_to,
+                views=views_per_sample,
+                augmentation=augmentation,
+                source=source,
+            )
+            if groups is not None:
+                loader.labels_of = class_labels if labels is None else labels
+            accountant = self._accountant_for(poisson_sampling)
 
-        def batch() -> BatchInfo | None:
-            return loader.current
+            def batch() -> BatchInfo | None:
+                return loader.current
 
-        def trained() -> list[nn.Parameter]:
-            return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+            def trained() -> list[nn.Parameter]:
+                return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
-        # The tape is needed to build the layers, and the layers to build what the tape reports to.
-        tape = Tape(lambda: clipped_sum.finish())
-        layers = build_layers(module, tape, backend)
-        clipped_sum = ClippedSum(
-            layers,
-            tape,
-            strategy,
-            parameters=trained,
-            batch=batch,
-            denominator=loader.expected_batch_size,
-            loss_reduction=loss_reduction,
-            backend=backend,
-            groups=copy.deepcopy(groups),
-            labels=lambda: loader.labels,
-            views=views_per_sample,
-        )
-        point = EvaluationPoint.needed(optimizer, smoothing, source, backend)
-        self._optimizer = DPOptimizer(
-            optimizer,
-            clipped_sum,
-            noise_multiplier=float(noise_multiplier),
-            expected_batch_size=loader.expected_batch_size,
-            source=source,
-            book=self._book,
-            batch=batch,
-            noise_schedule=noise_schedule,
-            point=point,
-            backend=backend,
-        )
+            # The tape is needed to build the layers, and the layers to build what the tape reports to.
+            tape = Tape(lambda: clipped_sum.finish())
+            layers = build_layers(model, tape, backend)
+            clipped_sum = ClippedSum(
+                layers,
+                tape,
+                strategy,
+                parameters=trained,
+                batch=batch,
+                denominator=loader.expected_batch_size,
+                loss_reduction=loss_reduction,
+                backend=backend,
+                groups=copy.deepcopy(groups),
+                labels=lambda: loader.labels,
+                views=views_per_sample,
+                processes=processes,
+                sharded=model if sharded else None,
+            )
+            point = EvaluationPoint.needed(optimizer, smoothing, source, backend)
+            private = self._optimizer_class(
+                optimizer,
+                clipped_sum,
+                noise_multiplier=float(noise_multiplier),
+                expected_batch_size=loader.expected_batch_size,
+                source=source,
+                book=self._book,
+                batch=batch,
+                noise_schedule=noise_schedule,
+                point=point,
+                backend=backend,
+                processes=processes,
+            )
+        processes.agree_on("make_private", arguments.common(model, private, loader, accountant))
+        if not sharded:
+            processes.start_alike(model)
         clipped_sum.reset()
-        self._loader, self._module, self.accountant = loader, compiled, accountant
-        reliefs = build_reliefs(module, layers)
+        self._optimizer, self._loader, self.accountant = private, loader, accountant
+        self._module, self._model = module, model
+        if wrapper is not model:
+            # Its reducer would wait for gradients that never come by its way.
+            self._synced, wrapper.require_backward_grad_sync = wrapper.require_backward_grad_sync, False
+        reliefs = build_reliefs(model, layers)
         for layer in [*layers, *reliefs]:
             layer.attach()
         # Made last: the root may be a layer itself, and then counts around its adapter.
-        root = RootForward(module, tape, nullcontext if point is None else point.away)
+        root = RootForward(model, tape, nullcontext if point is None else point.away)
         root.attach()
         self._replaced = [root, *layers, *reliefs]
         if point is not None:
-            point.attach(module)
-            loader.on_batch = self._optimizer.note_batch
-        return compiled, self._optimizer, loader
+            point.attach(model)
+            loader.on_batch = private.note_batch
+        return module, private, loader
 
     def make_private_with_epsilon(
         self,
@@ -244,7 +279,7 @@ class PrivacyEngine:
         if "noise_multiplier" in options:
             raise TypeError("noise_multiplier must not be given: it is calibrated from target_epsilon")
         # Made once more in make_private: here for its checks, and for how it counts an epoch.
-        planned = (PoissonLoader.from_data_loader if poisson_sampling else EpochLoader)(data_loader)
+        planned = self._planned_loader(data_loader, poisson_sampling)
         sampling = "poisson" if poisson_sampling else "shuffled"
         releases = planned_releases(epochs, steps, len(planned), sampling)
         budget = Budget(target_epsilon, target_delta)
@@ -308,6 +343,9 @@ class PrivacyEngine:
             raise RuntimeError("no model is attached to this engine")
         if module is not None and plain_module(module) is not plain_module(self._module):
             raise ValueError("module must be the one given to make_private")
+        wrapper = plain_module(self._module)
+        if self._model is not wrapper:
+            wrapper.require_backward_grad_sync = self._synced
         if self._optimizer.smoothing is not None:
             # First: it raises where a parameter was written to at the evaluation point, and can be called again.
             self._loader.on_batch = None
@@ -320,7 +358,7 @@ class PrivacyEngine:
             p.grad = None
             if p.grad_dtype != p.dtype:
                 p.grad_dtype = p.dtype
-        attached, self._module = self._module, None
+        attached, self._module, self._model = self._module, None, None
         self._replaced, self._optimizer, self._loader, self._booked_epoch = [], None, None, None
         return attached
 
@@ -369,10 +407,16 @@ class PrivacyEngine:
         """Write model, optimizer, thresholds and other released state, ledger and counters to `path`, atomically.
 
         The noise key is not in it: a resumed run draws a new one. `extra`: plain values of your own.
+
+        Of several processes each calls this, and the first one writes. A sharded model is written whole, so that any
+        number of processes can go on from it.
         """
         self._check_attached(module, optimizer)
         here = self._loader, self.accountant, self._budget, self._lineage.run
-        checkpoint.save(path, checkpoint.collect(module, optimizer, *here, extra))
+        state = checkpoint.collect(self._model, optimizer, *here, extra)
+        with optimizer.processes.together("save_checkpoint"):
+            if optimizer.processes.rank == 0:
+                checkpoint.save(path, state)
 
     def load_checkpoint(
         self, path: str | os.PathLike, *, module: nn.Module, optimizer: DPOptimizer
@@ -383,12 +427,16 @@ class PrivacyEngine:
         to another model, optimizer, clipping, groups, smoothing, noise multiplier, schedule or data set.
         """
         self._check_attached(module, optimizer)
-        state = checkpoint.load(path)
-        here = self._loader, self.accountant, self._budget
-        ledger, budget = checkpoint.check(state, module, optimizer, *here)
+        with optimizer.processes.together("load_checkpoint"):
+            state = checkpoint.load(path)
+            here = self._loader, self.accountant, self._budget
+            ledger, budget = checkpoint.check(state, self._model, optimizer, *here)
+        optimizer.processes.agree_on(
+            "load_checkpoint", {"checkpoint": (state.get("run"), state["releases"], ledger.state_dict())}
+        )
         # The sum in hand was clipped to other thresholds, and its parameters are about to change.
         optimizer._sum.reset()
-        checkpoint.restore(state, module, optimizer, self._loader)
+        checkpoint.restore(state, self._model, optimizer, self._loader)
         self._lineage.adopt(self.accountant, state.get("run"), ledger)
         self._budget = budget
         return state["extra"]
@@ -400,9 +448,6 @@ class PrivacyEngine:
             raise RuntimeError("this engine trains a model already: detach it first, or use another engine")
 
     def _check_attached(self, module: nn.Module, optimizer: DPOptimizer) -> None:
-        if (
-            self._module is None
-            or optimizer is not self._optimizer
-            or plain_module(module) is not plain_module(self._module)
-        ):
+        ours = self._module is not None and plain_module(module) is plain_module(self._module)
+        if not ours or optimizer is not self._optimizer:
             raise ValueError("module and optimizer must be those that make_private of this engine returned")

@@ -31,19 +31,28 @@ class CudaGraphs:
             raise ValueError(f"a graphed step needs its model on a CUDA GPU, got {device}")
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        # Of this device: torch's own stream for captures is of the device that was current when it was made, and what
+        # runs on another device is carried out there instead of captured.
+        self._aside, self._capturing = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
     def rehearse(self, run: Callable[[], None]) -> None:
         """Run it on a stream of its own, as capturing does: libraries and kernels are loaded then."""
-        here, aside = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
+        here = torch.cuda.current_stream(self._device)
+        self._aside.wait_stream(here)
+        with torch.cuda.stream(self._aside):
             run()
-        here.wait_stream(aside)
+        here.wait_stream(self._aside)
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         """Capture what `run` enqueues, without doing it; returns what does it, every time it is called."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
+        # In torch's usual mode a thread that pins a loader's batches meanwhile would break the capture, and itself.
+        with (
+            torch.cuda.device(self._device),
+            torch.cuda.graph(
+                graph, pool=self._pool, stream=self._capturing, capture_error_mode="thread_local"
+            ),
+        ):
             run()
         return graph.replay
 
@@ -101,7 +110,8 @@ class GraphedStep:
     Raises:
         ValueError: the model is not on a CUDA GPU, or a side release cannot be captured (`SplitRelease`).
         PrivacyBudgetExceeded: from a call; nothing has changed then.
-        RuntimeError: from a call: whatever `DPOptimizer.step` refuses, or an optimizer without a fused update.
+        RuntimeError: from a call: whatever `DPOptimizer.step` refuses, or, with nothing booked, an optimizer without a
+          fused update or a layer that reads the device (embeddings, and what only the generic fallback trains).
     """
 
     # What captures and replays.
@@ -119,6 +129,10 @@ class GraphedStep:
         if not isinstance(optimizer, DPOptimizer):
             raise TypeError(f"optimizer must be make_private's, got {type(optimizer).__name__}")
         check_count("warmup", warmup)
+        if optimizer.processes.size > 1:
+            raise ValueError(
+                f"a graphed step is one process's, got an optimizer of {optimizer.processes.size}: use the ordinary loop"
+            )
         self._module, self._optimizer, self._criterion = module, optimizer, criterion
         self._forward = torch.compile(module) if compile else module
         self._warmup = warmup
@@ -139,9 +153,12 @@ class GraphedStep:
         self._real, self._counter = torch.zeros(2, 1, dtype=torch.int64, device=self._device).unbind()
         self._number = 0
         self._update: Update | None = None
+        # Where the last step was enqueued.
+        self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         optimizer, info = self._optimizer, self._optimizer.batch
+        self._follow()
         if not self._fits(info, x, y):
             return self._eager(x, y)
         self._take(x, y)
@@ -184,6 +201,18 @@ class GraphedStep:
             for given, ours in ((x, self._x), (y, self._y))
         )
 
+    def _follow(self) -> None:
+        """Come after the step before, also where the caller has changed streams.
+
+        Else its replay could find the next release's number in the place of its own, and two releases share a noise.
+        """
+        if self._device.type != "cuda":
+            return
+        here = torch.cuda.current_stream(self._device)
+        if self._stream not in (None, here):
+            here.wait_stream(self._stream)
+        self._stream = here
+
     def _eager(self, x: Tensor, y: Tensor) -> Tensor:
         x, y = (t.to(self._device, non_blocking=True) for t in (x, y))
         self._optimizer.zero_grad()
@@ -225,6 +254,16 @@ class GraphedStep:
     def _rehearse(self, params: list[nn.Parameter], info: BatchInfo) -> None:
         """Run all that will be captured, for zero samples, and leave everything as it was."""
         total, optimizer = self._sum, self._optimizer
+        reading = [
+            f"{layer.name or 'the model'} ({type(layer.module).__name__})"
+            for layer in total._layers
+            if not layer.capturable and set(params).intersection(layer.trainable())
+        ]
+        if reading:
+            raise RuntimeError(
+                "a graphed step cannot hold per-sample gradients that are made by reading the device, as those of "
+                f"{', '.join(reading)} are: freeze them, or use the ordinary loop"
+            )
         parts = [part for part in (total.clipping, total.groups) if part is not None]
         states = [part.state_dict() for part in parts]
         buffers = [(b, b.clone()) for b in self._module.buffers()]

@@ -60,8 +60,9 @@ class NoiseSource:
         TypeError: for a key of another type.
         ValueError: for bytes that are not 32 long, or an int out of range.
 
-    The key is never shown by ``repr`` and never leaves the process (on a GPU it is in its memory, too): pickling and copying raise TypeError, so
-    that it cannot travel in a checkpoint beside the model it protects.
+    The key is never shown by ``repr`` and leaves the process only for those that train the same model with it
+    (`adaclip.processes`; on a GPU it is in its memory, too): pickling and copying raise TypeError, so that it cannot
+    travel in a checkpoint beside the model it protects.
     """
 
     __slots__ = ("_key", "_secure")
@@ -69,6 +70,13 @@ class NoiseSource:
     def __init__(self, key: bytes | int | torch.Generator | None = None) -> None:
         self._secure = key is None
         self._key = Key(_key_bytes(key))
+
+    @classmethod
+    def of(cls, key: bytes, secure: bool) -> NoiseSource:
+        """The source of another process: 32 bytes, and whether the operating system's generator made them there."""
+        source = cls(key)
+        source._secure = secure
+        return source
 
     @property
     def secure(self) -> bool:

@@ -163,10 +163,21 @@ def conv_weighted_grad(
     return run(x, g, factors, weight, ConvGeometry(kernel, stride, padding, dilation, groups))
 
 
-def conv_grad_rounding(x: Tensor, g: Tensor, backend: str = "auto") -> Rounding:
-    """How far `conv_weighted_grad` of these can round."""
+def conv_grad_rounding(
+    x: Tensor,
+    g: Tensor,
+    *,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    backend: str = "auto",
+) -> Rounding:
+    """How far `conv_weighted_grad` of these can round: the same for every number of samples."""
     x, g = _alike(x, g)
-    return backends.load(resolve_backend("conv_weighted_grad", backend, x, g)).conv_grad_rounding(x)
+    run = backends.load(resolve_backend("conv_weighted_grad", backend, x, g)).conv_grad_rounding
+    return run(x, g, ConvGeometry(kernel, stride, padding, dilation, groups))
 
 
 @_as_written

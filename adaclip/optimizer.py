@@ -14,6 +14,7 @@ from adaclip.clipping import Clipping
 from adaclip.groups import LabelGroups
 from adaclip.master import keep_wide_state
 from adaclip.noise import STREAM_GRADIENT, NoiseSource
+from adaclip.processes import Processes
 from adaclip.schedules import Schedule
 from adaclip.smoothing import EvaluationPoint
 from adaclip.step_release import check_noise, gradient_sigma
@@ -65,6 +66,7 @@ class DPOptimizer(torch.optim.Optimizer):
         noise_schedule: Schedule | None = None,
         point: EvaluationPoint | None = None,
         backend: str = "auto",
+        processes: Processes | None = None,
     ):
         # Not super().__init__(): the groups and the state are the wrapped optimizer's, not new ones.
         self.original_optimizer = optimizer
@@ -74,6 +76,7 @@ class DPOptimizer(torch.optim.Optimizer):
         self._batch = batch
         self._point = point
         self._backend = backend
+        self._processes = Processes.alone() if processes is None else processes
         self._noise_schedule = noise_schedule
         self._base_noise = noise_multiplier
         if noise_schedule is not None:
@@ -165,6 +168,11 @@ class DPOptimizer(torch.optim.Optimizer):
         return self._source
 
     @property
+    def processes(self) -> Processes:
+        """Those that train together; this one alone, mostly."""
+        return self._processes
+
+    @property
     def backend(self) -> str:
         """The backend that `make_private` was given."""
         return self._backend
@@ -233,6 +241,9 @@ class DPOptimizer(torch.optim.Optimizer):
 
         Raises PrivacyBudgetExceeded (nothing changed, nothing spent) when the step would pass the
         budget, and RuntimeError when `p.grad` is not the clipped sum or the batch was released before.
+
+        Of several processes each makes the step, of the same logical batch, or none does: RuntimeError in all where
+        one cannot. One that is lost after that leaves a release booked that was not made.
         """
         # Before the closure, which would make a gradient. It leaves them on us where step() raises.
         if self.__dict__.keys() & {"grad_scale", "found_inf"}:
@@ -246,9 +257,7 @@ class DPOptimizer(torch.optim.Optimizer):
         info = self._batch()
         if info is not None and not info.last:
             return loss
-        self.check_release(info)
-        self._sum.check_intact()
-        self._sum.check_rows()
+        self._check_together(info)
         if info is not None and not self._sum.holds(info.step):
             # No backward for this batch (the loop skipped it): the step is noise alone.
             self._sum.reset()
@@ -256,6 +265,7 @@ class DPOptimizer(torch.optim.Optimizer):
         if self._point is not None:
             self._point.leave()
         step, params, stds = self.begin_release(info)
+        self._sum.combine()
         noisy_update(
             self.original_optimizer,
             params,
@@ -270,6 +280,13 @@ class DPOptimizer(torch.optim.Optimizer):
         self._sum.statistics.release(self._source, step)
         self._sum.reset()
         return loss
+
+    def _check_together(self, info: BatchInfo | None) -> None:
+        """Raise unless this process, and every other, has the sum of the same logical batch to release."""
+        with self._processes.together("step()", [self.releases, -1 if info is None else info.step]):
+            self.check_release(info)
+            self._sum.check_intact()
+            self._sum.check_rows()
 
     def check_release(self, info: BatchInfo | None) -> None:
         """Take the noise of the release that is next; RuntimeError if it would be of a batch released before."""

@@ -23,8 +23,7 @@ class Part(NamedTuple):
 class PlannedBatches:
     """The batch sampler given to torch's DataLoader: hands out index lists and notes what was handed out."""
 
-    def __init__(self, placeholder: int) -> None:
-        self._placeholder = placeholder
+    def __init__(self) -> None:
         self._plan: Iterator[Part] = iter(())
         self._sent: deque[Part] = deque()
 
@@ -41,4 +40,4 @@ class PlannedBatches:
             sent.append(part)
             # No collate function can make a batch of nothing: an empty one travels as a placeholder example,
             # through the same worker queue (so the order holds), and is zeroed on arrival.
-            yield part.indices.tolist() or [self._placeholder]
+            yield part.indices.tolist() or [0]

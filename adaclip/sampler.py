@@ -33,13 +33,13 @@ from adaclip.batches import (
     zero_rows,
 )
 from adaclip.columns import TensorColumns
-from adaclip.noise import STREAM_SAMPLER, NoiseSource
+from adaclip.noise import STREAM_SAMPLER, STREAM_VIEWS, NoiseSource
 from adaclip.planned import Part, PlannedBatches
 
 _log = logging.getLogger("adaclip")
 
-# Processes other than the first draw from streams of their own, above every named stream of adaclip.noise
-# and below the user's.
+# Views of processes other than the first are drawn from streams of their own, above every named stream of
+# adaclip.noise and below the user's.
 _RANK_STREAMS = 1 << 15
 
 
@@ -51,9 +51,10 @@ class PoissonLoader(LoaderBase):
     256-bit key comes from the operating system (`adaclip.noise.NoiseSource`). The keystream position is the
     number of logical steps delivered since the loader was created, so no random bit decides two delivered
     steps: not in later epochs, not after a ``break``, not after `load_state_dict`. Which examples step t
-    holds depends on the key and t only, never on workers, prefetching or splitting. With
-    ``world_size = w`` process r owns examples r, r+w, r+2w, … and draws from a keystream of its own; the
-    union over the processes is a Poisson sample of the data set.
+    holds depends on the key and t only, never on workers, prefetching, splitting or the number of processes. With
+    ``world_size = w`` and one key for all, process r takes every w-th example of the one sample, from the r-th on:
+    the union over the processes is the Poisson sample that one process would have drawn. All of them get as many
+    physical batches, the last of which may be empty.
 
     The guarantee is per index of `dataset`; an example stored twice is two examples. `collate_fn` and
     `transform` must work row by row (row b of the result depends on example b alone): a batch-wide
@@ -91,8 +92,8 @@ class PoissonLoader(LoaderBase):
         views, augmentation: rows that each example becomes, in the main process after everything else, and what
             is done to its images in each (`adaclip.augment.Views`). Labels and whatever else a batch holds are
             repeated. One view without augmentation leaves batches alone.
-        source: the keystream; a fresh secret key if None. Two loaders must not share one source and rank:
-            they would draw the same indices.
+        source: the keystream; a fresh secret key if None. Two loaders must not share one source, unless as the
+            processes of one run, which must: they draw the same sample, and take different parts of it.
         rank, world_size: this process among those that sample the data set together.
         collate_fn, num_workers, pin_memory, worker_init_fn, persistent_workers, prefetch_factor,
             multiprocessing_context, timeout, generator: as in torch's DataLoader (`generator` seeds workers;
@@ -168,8 +169,16 @@ class PoissonLoader(LoaderBase):
                 f"source must be an adaclip.noise.NoiseSource or None, got {type(source).__name__}"
             )
 
+        if world_size > _RANK_STREAMS:
+            raise ValueError(f"world_size must be at most {_RANK_STREAMS}, got {world_size}")
+        if source is None and world_size > 1:
+            raise ValueError(
+                f"source must be given where world_size is {world_size}: all processes draw from one key"
+            )
+
         source = NoiseSource() if source is None else source
-        super().__init__(Views(views, augmentation, source))
+        stream = _RANK_STREAMS + rank if rank else STREAM_VIEWS
+        super().__init__(Views(views, augmentation, source, stream))
         columns = TensorColumns.of(dataset)
         if collate_fn not in (None, default_collate) or num_workers > 0:
             if columns is not None and isinstance(dataset, (tuple, list)):
@@ -179,12 +188,8 @@ class PoissonLoader(LoaderBase):
                 )
             columns = None
         self.dataset_size = len(dataset if columns is None else columns)
-        if world_size > _RANK_STREAMS:
-            raise ValueError(f"world_size must be at most {_RANK_STREAMS}, got {world_size}")
-        if self.dataset_size < world_size:
-            raise ValueError(
-                f"dataset must hold at least world_size = {world_size} examples, got {self.dataset_size}"
-            )
+        if self.dataset_size == 0:
+            raise ValueError("dataset must hold at least 1 example, got 0")
 
         self.dataset = dataset
         self.sample_rate = float(sample_rate)
@@ -194,18 +199,16 @@ class PoissonLoader(LoaderBase):
         expected = self.sample_rate * self.dataset_size
         near = float(round(expected))
         self.expected_batch_size = near if abs(expected - near) <= 1e-12 * expected else expected
-        self._owned = len(range(rank, self.dataset_size, world_size))
         if pad_to == "auto":
             pad_to = max_batch_size or self._usual_size()
         self.max_batch_size = max_batch_size or pad_to
         self.pad_to = pad_to
         self._source = source
-        self._stream = _RANK_STREAMS + rank if rank else STREAM_SAMPLER
         self._columns = columns
         self._finisher = Finisher(collate_fn or default_collate, transform, pad_to)
         # As torch's DataLoader does, asking for pinned memory means nothing where there is no accelerator.
         self._pin = pin_memory and torch.cuda.is_available()
-        self._batches = PlannedBatches(placeholder=rank)
+        self._batches = PlannedBatches()
         self._loader = None
         if columns is None:
             self._loader = DataLoader(
@@ -227,6 +230,7 @@ class PoissonLoader(LoaderBase):
         cls,
         data_loader: DataLoader,
         *,
+        sample_rate: float | None = None,
         max_batch_size: int | None = None,
         pad_to: int | str | None = None,
         views: int = 1,
@@ -238,7 +242,7 @@ class PoissonLoader(LoaderBase):
     ) -> PoissonLoader:
         """Return a Poisson loader with the data set, rate, collation and workers of `data_loader`.
 
-        ``sample_rate = batch_size / len(dataset)``; `shuffle` and `drop_last` no longer mean anything. A
+        ``sample_rate = batch_size / len(dataset)`` unless it is given; `shuffle` and `drop_last` no longer mean anything. A
         `DistributedSampler` gives rank and world size, and then `batch_size` counts per process
         (``sample_rate = batch_size * world_size / len(dataset)``).
 
@@ -265,7 +269,7 @@ class PoissonLoader(LoaderBase):
             rank, world_size = theirs
             batch *= world_size
             _log.info("rank %d of %d taken from the DistributedSampler", rank, world_size)
-        if batch > size:
+        if sample_rate is None and batch > size:
             raise ValueError(
                 f"data_loader.batch_size must be at most the size of the data set, got {batch} > {size}"
             )
@@ -275,7 +279,7 @@ class PoissonLoader(LoaderBase):
             dataset = Subset(dataset, range(size))
         return cls(
             dataset,
-            sample_rate=batch / size,
+            sample_rate=batch / size if sample_rate is None else sample_rate,
             max_batch_size=max_batch_size,
             pad_to=pad_to,
             views=views,
@@ -316,23 +320,25 @@ class PoissonLoader(LoaderBase):
         return self._run(ticket, self._gather(plan) if self._loader is None else self._load(plan))
 
     def _usual_size(self) -> int:
-        """Return the public size that nearly all logical batches of this process fit in."""
-        mean = self.sample_rate * self._owned
-        size = math.ceil(mean + 4 * math.sqrt(mean * (1 - self.sample_rate)))
-        return min(self._owned, 8 * math.ceil(size / 8))
+        """Return the public size that this process's part of nearly all logical batches fits in."""
+        mean = self.sample_rate * self.dataset_size
+        size = math.ceil((mean + 4 * math.sqrt(mean * (1 - self.sample_rate))) / self.world_size)
+        return min(math.ceil(self.dataset_size / self.world_size), 8 * math.ceil(size / 8))
 
     def _plan(self, start: int) -> Iterator[Part]:
         for step in range(start, start + self.steps_per_epoch):
-            drawn = self._source.bernoulli(self._owned, self.sample_rate, step, self._stream)
-            indices = self.rank + self.world_size * drawn
-            size = self.max_batch_size or max(1, len(indices))
-            count = max(1, math.ceil(len(indices) / size))
+            drawn = self._source.bernoulli(self.dataset_size, self.sample_rate, step, STREAM_SAMPLER)
+            indices = drawn[self.rank :: self.world_size]
+            # The first process has the most; all take as many parts, for what they do together in each.
+            most = math.ceil(len(drawn) / self.world_size)
+            size = self.max_batch_size or max(1, most)
+            count = max(1, math.ceil(most / size))
             for i in range(count):
                 yield Part(indices[i * size : (i + 1) * size], step, i == 0, i == count - 1)
 
     def _gather(self, plan: Iterator[Part]) -> Iterator[tuple[Part, Any, int]]:
         for part in plan:
-            rows = part.indices if len(part.indices) else np.array([self.rank])
+            rows = part.indices if len(part.indices) else np.array([0])
             batch, real = self._finisher.finish(self._columns.select(torch.from_numpy(rows)), len(rows))
             yield part, (pin_rows(batch) if self._pin and not self._views.active else batch), real
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -96,7 +97,11 @@ def private_step(
 
 @functools.cache
 def mend_interpreter() -> None:
-    """Let loops have run-time bounds in the interpreter of Triton 3.6 with NumPy 2.4 (triton-lang/triton#9171)."""
+    """Let loops have run-time bounds in the interpreter of Triton 3.6 with NumPy 2.4 (triton-lang/triton#9171).
+
+    And let it not work out, for every integer sum and product, whether it overflows: it asserts nothing of that unless
+    it debugs, and takes half of a noise kernel's time.
+    """
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor
@@ -106,3 +111,5 @@ def mend_interpreter() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = mended
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)

@@ -22,6 +22,7 @@ from .noise import (
     chunks,
     rounded_up,
 )
+from .shards import add_noise, is_sharded
 from .step_rule import FusedStep, StepRule
 from .torch_rules import RULES
 
@@ -266,7 +267,10 @@ def _generic_update(
         for p in absent:
             p.grad = torch.zeros_like(p)
         for (first, p), std in zip(_with_first_chunk(params), stds, strict=True):
-            source.normal_(p.grad, step, stream, std, first, add=True, backend=backend)
+            if is_sharded(p):
+                add_noise(source, p, step, stream, std, first, backend)
+            else:
+                source.normal_(p.grad, step, stream, std, first, add=True, backend=backend)
         if hasattr(optimizer, "note_noise"):
             optimizer.note_noise(params, stds)
         optimizer.step()

@@ -4,8 +4,8 @@
 
 adaclip must be installed (`pip install --no-build-isolation --no-deps .` builds the CUDA kernels where nvcc is). First the
 tests run on the device; then everything of `bench.gpu_parts.plan` is measured, most important first, each behind a check
-of its own. After every measurement bench/results/gpu-<name>-<date>.json and a Markdown table beside it are replaced, so
-that a run that is cut off leaves what it has. The budget is kept: what it does not reach is listed as such.
+of its own. After every measurement bench/results/gpu-<name>-<date>.json (with a number, if a run of that day left one)
+and a Markdown table beside it are replaced, so that a run that is cut off leaves what it has. The budget is kept: what it does not reach is listed as such.
 
 --dry-run goes through every kind of measurement at toy sizes on the CPU, the kernels in Triton's interpreter; its figures
 mean nothing, and it writes to a folder of its own.

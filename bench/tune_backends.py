@@ -1,10 +1,12 @@
-"""Measures, on this GPU, how per-sample norms are taken fastest, and writes adaclip/backends/table.json.
+"""Measures, on this GPU, how convolutions' norms and sums are taken fastest, and writes adaclip/backends/table.json.
 
-    python -m bench.tune_backends [--batch-size 256] [--rounds 7] [--dry-run] [--limit 300]
+    python -m bench.tune_backends [--batch-size 256] [--rounds 7] [--dry-run] [--limit 300] [--out FILE]
 
-For every shape class of the VGGs and dtype, all ways are timed in turn in one process, each with what the layer
-still needs after it: the weight gradient, or the weighted sum of the gradients it kept. A way is timed only if its
-norms bound the float64 ones and are close to them. Entries of other architectures stay as they are; without
+For every shape class of the VGGs and 16-bit dtype, first the two ways of summing a weighted gradient are timed, cuDNN's
+and Triton's. Then for every dtype all ways of taking norms are, in turn in one process, each with what the layer still
+needs after it: the weight gradient, by the faster sum, or the weighted sum of the gradients it kept. A way is timed
+only if it is right: norms bound the float64 ones and are close to them, sums are no further from the float64 one than
+rounding explains. Entries of other architectures stay as they are; without
 --dry-run the table is written after every shape, so that a run that is cut off leaves what it has. Shapes that are
 not in the table are decided by adaclip/backends/choice.py's cost model.
 """
@@ -12,18 +14,20 @@ not in the table are decided by adaclip/backends/choice.py's cost model.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from adaclip import reference
-from adaclip.backends import ConvGeometry, Method, choice, cudnn_grads, load, why_not
+from adaclip.backends import ConvGeometry, Method, choice, cudnn_grads, load, triton_grads, why_not
 from adaclip.benchmark import alternate
 
 # (input channels, output channels, height = width) of 3x3 convolutions; dp_vgg's among them.
@@ -51,12 +55,35 @@ CALLS = 10
 Ways = dict[str, tuple[dict, Callable[[], Tensor], Callable[[], object]]]
 
 
-def ways(x: Tensor, g: Tensor, factors: Tensor) -> Ways:
-    """{name: (table entry, norms, norms and the weighted gradient)} of one layer."""
+SUMS = {"cudnn": cudnn_grads, "triton": triton_grads}
+
+
+def sums(x: Tensor, g: Tensor, factors: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """{what sums: the weighted gradient} of one layer."""
+    weight = x.new_empty(g.shape[1], x.shape[1], 3, 3, dtype=torch.float32)
+    names = SUMS if x.dtype != torch.float32 else ["cudnn"]
+    return {
+        name: functools.partial(SUMS[name].conv_weighted_grad, x, g, factors, weight, GEOMETRY)
+        for name in names
+    }
+
+
+def wrong_sum(name: str, total: Tensor, x: Tensor, g: Tensor, factors: Tensor) -> str | None:
+    """What is wrong with a weighted gradient of these, normally distributed values; None if nothing is."""
+    _, stride, padding, dilation, groups = GEOMETRY
+    exact = total.new_empty(total.shape, dtype=torch.float64)
+    args = list(stride), list(padding), list(dilation), groups
+    exact = reference.conv_weighted_grad(x.double(), g.double(), factors, exact, *args)
+    off = float((total - exact).norm() / exact.norm())
+    # The part that rounding an operand moves it by, and more than adding up in float32 does.
+    allowed = 2 * SUMS[name].conv_grad_rounding(x, g, GEOMETRY).operands + 2.0**-14
+    return None if off <= allowed else f"the sum is off by {off:.1e}, where rounding explains {allowed:.1e}"
+
+
+def ways(x: Tensor, g: Tensor, factors: Tensor, weigh: Callable[[], Tensor]) -> Ways:
+    """{name: (table entry, norms, norms and the weighted gradient)} of one layer, whose gradient `weigh` makes."""
     triton = load("triton")
     from adaclip.kernels.conv_sample_norms import conv_sample_norms
-
-    weight = x.new_empty(g.shape[1], x.shape[1], 3, 3, dtype=torch.float32)
 
     def norms(gram: Callable, method: Method):
         return triton.conv_norms(gram, x, g, GEOMETRY, False, method)
@@ -66,7 +93,7 @@ def ways(x: Tensor, g: Tensor, factors: Tensor) -> Ways:
             found = norms(gram, method)
             if found.kept is not None:
                 return triton.weighted_sum(found.kept, factors)
-            return cudnn_grads.conv_weighted_grad(x, g, factors, weight, GEOMETRY)
+            return weigh()
 
         return (lambda: norms(gram, method).sqnorms), whole
 
@@ -79,7 +106,7 @@ def ways(x: Tensor, g: Tensor, factors: Tensor) -> Ways:
     found["triton gram"] = entry, *make(conv_sample_norms, plain)
     entry = {"way": "instantiate", "keep": False}
     found["instantiate"] = entry, *make(conv_sample_norms, Method("instantiate", False))
-    if weight[0].numel() * 4 <= LARGEST_KEPT * g[0, 0].numel() * g.element_size():
+    if x.shape[1] * 9 * 4 <= LARGEST_KEPT * g[0, 0].numel() * g.element_size():
         found["keep"] = {"way": "instantiate", "keep": True}, *make(conv_sample_norms, kept)
     return found
 
@@ -99,27 +126,50 @@ def wrong(norms: Tensor, x: Tensor, g: Tensor) -> str | None:
     return None
 
 
-def measure(batch: int, layer: tuple[int, int, int], dtype: torch.dtype, rounds: int) -> dict:
-    """The table's entry for one layer, with the median milliseconds of each way."""
+def measure(
+    batch: int, layer: tuple[int, int, int], dtype: torch.dtype, rounds: int
+) -> dict[str, dict[str, object]]:
+    """The table's entries for one layer, by operation, with the median milliseconds of each way."""
     cin, cout, size = layer
     rng = torch.Generator(device="cuda").manual_seed(0)
     shapes = (batch, cin, size, size), (batch, cout, size, size)
     x, g = (torch.randn(s, generator=rng, device="cuda").to(dtype) for s in shapes)
     x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
     factors = torch.rand(batch, generator=rng, device="cuda")
-    found, calls = ways(x, g, factors), {}
-    for name, (_, norms, whole) in found.items():
+    found, right = {}, {}
+    for name, weigh in sums(x, g, factors).items():
+        error = wrong_sum(name, weigh(), x, g, factors)
+        if error is None:
+            right[name] = weigh
+        else:
+            print(f"{name}'s sum is left out: {error}", file=sys.stderr)
+    if not right:
+        raise RuntimeError(f"no way of summing the gradient of {layer} in {dtype} is right")
+    best = "cudnn"
+    if dtype != torch.float32:
+        best, medians = _fastest(right, rounds)
+        found["conv_weighted_grad"] = {"backend": best, "ms": medians}
+    calls, entries = {}, {}
+    for name, (entry, norms, whole) in ways(x, g, factors, right[best]).items():
         error = wrong(norms(), x, g)
         if error is not None:
             print(f"{name} is left out: {error}", file=sys.stderr)
             continue
-        calls[name] = lambda whole=whole: [whole() for _ in range(CALLS)]
+        calls[name], entries[name] = whole, entry
     if not calls:
         raise RuntimeError(f"no way of taking the norms of {layer} in {dtype} is right")
-    times = alternate(calls, rounds)
+    best, medians = _fastest(calls, rounds)
+    found["conv_sample_norms"] = {**entries[best], "ms": medians}
+    return found
+
+
+def _fastest(calls: dict[str, Callable[[], object]], rounds: int) -> tuple[str, dict[str, float]]:
+    """(the name of the fastest, every one's median milliseconds)."""
+    repeated = {name: lambda call=call: [call() for _ in range(CALLS)] for name, call in calls.items()}
+    times = alternate(repeated, rounds)
     medians = {name: 1e3 * statistics.median(t) / CALLS for name, t in times.items()}
     best = min(medians, key=medians.__getitem__)
-    return {**found[best][0], "ms": {name: float(f"{ms:.4g}") for name, ms in medians.items()}}
+    return best, {name: float(f"{ms:.4g}") for name, ms in medians.items()}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -130,6 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which to stop")
     parser.add_argument("--dry-run", action="store_true", help="print, and leave the table as it is")
+    parser.add_argument("--out", type=Path, default=choice.TABLE, help="where the table is written")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print(
@@ -156,11 +207,12 @@ def main(argv: list[str] | None = None) -> int:
                 print("tune_backends: out of time; the rest is left to the cost model", file=sys.stderr)
                 return 0
             cin, cout, size = layer
-            kind = choice.conv_class((size, size), cin, cout, GEOMETRY, dtype)
-            rows[kind] = entry = measure(args.batch_size, layer, dtype, args.rounds)
-            print(f"{kind}: {entry}", flush=True)
+            for operation, entry in measure(args.batch_size, layer, dtype, args.rounds).items():
+                kind = choice.conv_class((size, size), cin, cout, GEOMETRY, dtype, operation)
+                rows[kind] = entry
+                print(f"{kind}: {entry}", flush=True)
             if not args.dry_run:
-                choice.TABLE.write_text(json.dumps(table, indent=1) + "\n")
+                args.out.write_text(json.dumps(table, indent=1) + "\n")
     return 0
 
 

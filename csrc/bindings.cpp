@@ -98,6 +98,7 @@ adaclip::cuda::Element element(const std::string& dtype) {
 // Addresses are of device memory, `stream` is a cudaStream_t. Launches only: nothing waits for the device.
 void bind_cuda(py::module_ m) {
   m.doc() = "The CUDA kernels. What an argument is: csrc/cuda/*.h.";
+  m.def("device_refusal", &adaclip::cuda::device_refusal);
   m.def("conv_sample_norms_refusal", [](int64_t batch, int64_t in_channels, int64_t out_channels, Triple in,
                                         Triple out, Triple kernel, Triple stride, Triple padding,
                                         Triple dilation, int64_t groups, int device) {

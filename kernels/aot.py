@@ -1,8 +1,8 @@
 """Ahead-of-time compilation: every kernel to machine code for GPUs that need not be there.
 
-    python -m adaclip.kernels.aot [80 90 ...]
+    python -m adaclip.kernels.aot [--fewer] [80 90 ...]
 
-compiles `variants()` and prints one line of JSON for each. TRITON_INTERPRET must not be set:
+compiles `variants()` and prints one line of JSON for each; --fewer: `fewer_variants()`. TRITON_INTERPRET must not be set:
 under the interpreter there is nothing to compile.
 """
 
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Compiled", "Variant", "compile_variant", "variants", "with_ones"]
+__all__ = ["Compiled", "Variant", "compile_variant", "fewer_variants", "variants", "with_ones"]
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,22 @@ def variants() -> Iterator[tuple[str, Variant]]:
         yield from ((info.name, variant) for variant in [*made, *map(with_ones, first.values())])
 
 
-def _main(capabilities: list[int]) -> None:
+def fewer_variants() -> Iterator[tuple[str, Variant]]:
+    """Of `variants`, the first one of each kernel, and every hot one.
+
+    For a second architecture: what the others are there for, the types and constants of a launch, is no matter of it.
+    """
+    seen = set()
     for module, variant in variants():
+        if variant.hot or id(variant.kernel) not in seen:
+            seen.add(id(variant.kernel))
+            yield module, variant
+
+
+def _main(words: list[str]) -> None:
+    fewer = "--fewer" in words
+    capabilities = [int(word) for word in words if word != "--fewer"] or [80, 90]
+    for module, variant in fewer_variants() if fewer else variants():
         for capability in capabilities:
             built = dataclasses.asdict(compile_variant(variant, capability))
             del built["ptx"]
@@ -147,4 +161,4 @@ def _main(capabilities: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    _main([int(word) for word in sys.argv[1:]] or [80, 90])
+    _main(sys.argv[1:])

@@ -27,9 +27,9 @@ _RULE = tl.constexpr(RULE_NUMBERS)
 
 
 @triton.jit
-def _noisy_gradient(grad, has_grad, i, inside, std, z):
+def _noisy_gradient(grad, has_grad, held, i, std, z):
     """grad + std z; where std is 0 the gradient as it is, and where there is none just the noise."""
-    g = tl.load(grad + i, mask=inside & has_grad, other=0.0)
+    g = tl.load(grad + i, mask=i < held, other=0.0)
     noise = std * z
     return tl.where(std != 0.0, tl.where(has_grad, g + noise, noise), g)
 
@@ -43,6 +43,8 @@ def _noisy_step(key, step, stream, one, pointers, numel, first_chunk, rules, til
     left = tl.load(numel + tensor) - at
     places = pointers + tensor * 4
     has_grad = tl.load(places + 1) != 0
+    # Elements that have a gradient: the interpreter of Triton 3.9 takes no mask made of `has_grad` itself.
+    held = tl.where(has_grad, left, 0)
     has_momentum = tl.load(places + 2) != 0
     has_square = tl.load(places + 3) != 0
     param = tl.load(places).to(tl.pointer_type(tl.float32)) + at
@@ -67,7 +69,7 @@ def _noisy_step(key, step, stream, one, pointers, numel, first_chunk, rules, til
         for row in tl.static_range(10):
             i = element(row, LANES)
             inside = i < left
-            n = _noisy_gradient(grad, has_grad, i, inside, std, z[row])
+            n = _noisy_gradient(grad, has_grad, held, i, std, z[row])
             p = tl.load(param + i, mask=inside)
             g = sign * n + l2 * p
             m = decay * tl.load(momentum + i, mask=inside) + keep * g
@@ -84,7 +86,7 @@ def _noisy_step(key, step, stream, one, pointers, numel, first_chunk, rules, til
         for row in tl.static_range(10):
             i = element(row, LANES)
             inside = i < left
-            n = _noisy_gradient(grad, has_grad, i, inside, std, z[row])
+            n = _noisy_gradient(grad, has_grad, held, i, std, z[row])
             p = tl.load(param + i, mask=inside)
             g = sign * n + l2 * p
             m = decay * tl.load(momentum + i, mask=inside) + keep * g
@@ -94,7 +96,7 @@ def _noisy_step(key, step, stream, one, pointers, numel, first_chunk, rules, til
         for row in tl.static_range(10):
             i = element(row, LANES)
             inside = i < left
-            n = _noisy_gradient(grad, has_grad, i, inside, std, z[row])
+            n = _noisy_gradient(grad, has_grad, held, i, std, z[row])
             p = tl.load(param + i, mask=inside)
             g = sign * n + l2 * p
             tl.store(param + i, shrink * p - direct * g, mask=inside)

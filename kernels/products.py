@@ -3,7 +3,11 @@
 What the norm kernels' bounds rest on, with u = 2^-23:
 
 1. A product of two bfloat16 or float16 values is exact in float32. Tensor cores add such products in float32 but may
-   truncate where IEEE arithmetic would round, so every term of a sum counts with u instead of u/2.
+   truncate where IEEE arithmetic would round, so every term of a sum counts with u instead of u/2. NVIDIA does not say
+   how they add. Measured: those of A100 and Ada add 8 products (4 of TF32) and the sum so far, cut at u/2 of the
+   largest, those of H100 and B200 16 (8), cut at u/4, and cut the result to 24 bits: (8/2 + 1) u for 8 products at most,
+   (4/2 + 1) u for 4, (16/4 + 1) u for 16 (Fasi et al. 2021, PeerJ CS 7:e330; Khattak, Mikaitis 2025, arXiv
+   2512.07004).
 2. float32 operands are split into two TF32 values, hi + lo, of which three products are taken ("tf32x3"). What a
    value loses is below 2^-20 of it even if both halves are truncated, and so is the product lo lo that is left out:
    a product is off by less than 2^-18 = 32 u of itself. One TF32 product alone, 2^-10, would drown near-null gradients.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adaclip.kernels.aot import Variant
 
-__all__ = ["weighted_sum"]
+__all__ = ["add_pieces", "weighted_sum"]
 
 _COLUMNS = 256
 _ROWS = 8  # that one step reads: 16 bytes in flight for each of 4 loads of a thread
@@ -40,7 +40,7 @@ def _add_pieces(parts, out, pieces, width, COLUMNS: tl.constexpr):
     acc = tl.zeros([COLUMNS], tl.float64)
     at = parts + columns
     for _ in range(0, pieces):
-        acc += tl.load(at, mask=columns < width, other=0.0)
+        acc += tl.load(at, mask=columns < width, other=0.0).to(tl.float64)
         at += width
     tl.store(out + columns, acc, mask=columns < width)
 
@@ -65,8 +65,14 @@ def weighted_sum(x: Tensor, factors: Tensor) -> Tensor:
         *(x, factors, parts, rows, width, x.stride(0), span), ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4
     )
     if pieces > 1:
-        _add_pieces[(columns,)](parts, out, pieces, width, COLUMNS=_COLUMNS, num_warps=4)
+        add_pieces(parts, out)
     return out
+
+
+def add_pieces(parts: Tensor, out: Tensor) -> None:
+    """parts [pieces, n] float64 or float32, contiguous: their sum, in float64 and in order, to out float32 [n]."""
+    pieces, width = parts.shape
+    _add_pieces[(triton.cdiv(width, _COLUMNS),)](parts, out, pieces, width, COLUMNS=_COLUMNS, num_warps=4)
 
 
 def aot() -> list[Variant]:
@@ -79,6 +85,7 @@ def aot() -> list[Variant]:
             label = f"{dtype} to {out}"
             aligned = ("width", "stride")
             made.append(Variant(_sum_rows, signature, constants, label=label, divisible=aligned))
-    signature = {"parts": "*fp64", "out": "*fp32", "pieces": "i32", "width": "i32"}
-    made.append(Variant(_add_pieces, signature, {"COLUMNS": _COLUMNS}))
+    for parts in ("fp64", "fp32"):
+        signature = {"parts": f"*{parts}", "out": "*fp32", "pieces": "i32", "width": "i32"}
+        made.append(Variant(_add_pieces, signature, {"COLUMNS": _COLUMNS}, label=f"of {parts}"))
     return made

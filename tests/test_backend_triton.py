@@ -116,10 +116,12 @@ def test_noise_has_the_cores_bits(gpu_or_interpreter):
         assert torch.equal(mine, core)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "add"),
+    [(torch.float32, False), (torch.float32, True), (torch.float64, True), (torch.bfloat16, False)],
+)
 def test_filled_tensors_have_the_cores_bits(dtype, add, gpu_or_interpreter):
-    for shape in ((0,), (1,), (333,), (3, 5, 7)):
+    for shape in ((0,), (333,), (3, 5, 7)):
         start = torch.ones(shape, dtype=dtype)
         mine, core = (t.transpose(0, -1) for t in (start.to(gpu_or_interpreter), start.clone()))
         where = {"step": (1 << 63) + 5, "stream": 1 << 31, "std": 0.3, "first_chunk": 9, "add": add}
@@ -194,14 +196,21 @@ def test_what_tuning_measures_is_checked_first(gpu_or_interpreter):
     rng = torch.Generator().manual_seed(0)
     x, g = (torch.randn(2, c, 4, 4, generator=rng).to(gpu_or_interpreter) for c in (1, 3))
     factors = torch.tensor([0.5, 1.0], device=gpu_or_interpreter)
-    found = tune.ways(x, g, factors)
+    assert tune.sums(x, g, factors).keys() == {"cudnn"}
+    short = x.bfloat16(), g.bfloat16(), factors
+    summed = {name: weigh() for name, weigh in tune.sums(*short).items()}
+    assert summed.keys() == {"cudnn", "triton"}
+    for name, total in summed.items():
+        assert tune.wrong_sum(name, total, *short) is None
+        assert tune.wrong_sum(name, 1.01 * total, *short).startswith("the sum is off by")
+    found = tune.ways(x, g, factors, tune.sums(x, g, factors)["cudnn"])
     assert {"triton gram", "instantiate", "keep"} <= found.keys()
-    sums = []
+    made = []
     for name, (entry, norms, whole) in found.items():
         assert tune.wrong(norms(), x, g) is None, name
         assert tune.wrong(0.9 * norms(), x, g).startswith("norms are below")
         assert tune.wrong(1.2 * norms(), x, g).startswith("norms are above")
         assert entry["keep"] == (name == "keep")
-        sums.append(whole())
-    for total in sums[1:]:
-        torch.testing.assert_close(total, sums[0], rtol=1e-4, atol=1e-4)
+        made.append(whole())
+    for total in made[1:]:
+        torch.testing.assert_close(total, made[0], rtol=1e-4, atol=1e-4)

@@ -1,13 +1,26 @@
 """What decides and prepares a GPU's kernels, as far as it can be looked at without them."""
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from adaclip import reference, update
-from adaclip.backends import ConvGeometry, Key, choice, cuda, cudnn_grads, describe, kernels_on, support
+from adaclip import _core, reference, update
+from adaclip.backends import (
+    ConvGeometry,
+    Key,
+    Like,
+    choice,
+    cuda,
+    cudnn_grads,
+    describe,
+    kernels_on,
+    resolve_backend,
+    support,
+)
 from adaclip.backends.device_table import step_table
 from adaclip.backends.planes import as_planes
 from adaclip.layers.base import rounding_bound
@@ -100,6 +113,29 @@ def test_torchs_settings_are_as_they_were(monkeypatch):
             cudnn.conv.fp32_precision = "tf32"
 
 
+@pytest.mark.parametrize(
+    ("convolutions", "products", "enabled", "found"),
+    [
+        ("tf32", "ieee", True, "tf32"),
+        ("ieee", "tf32", True, "ieee"),
+        ("ieee", "tf32", False, "tf32"),
+        ("ieee", "ieee", False, "ieee"),
+    ],
+)
+def test_what_is_rounded_is_what_multiplies(convolutions, products, enabled, found):
+    """Without cuDNN a convolution is cuBLAS's, and rounds as that is told to."""
+    cudnn, cublas = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.conv.fp32_precision, cublas.fp32_precision, cudnn.enabled
+    there = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
+    try:
+        cudnn.conv.fp32_precision, cublas.fp32_precision, cudnn.enabled = convolutions, products, enabled
+        assert cudnn_grads._precision("conv", there) == found
+        assert cudnn_grads._precision("matmul", there) == products
+        assert (cudnn_grads.conv_grad_rounding(there, None, None).operands > 0) == (found == "tf32")
+    finally:
+        cudnn.conv.fp32_precision, cublas.fp32_precision, cudnn.enabled = before
+
+
 def cut(t, bits):
     """float32 with that many bits of significand, cut off as TF32's are."""
     return (t.view(torch.int32) & (-1 << (24 - bits))).view(torch.float32)
@@ -125,15 +161,19 @@ def test_rounded_operands_are_covered(monkeypatch):
         bound = rounding_bound(
             exact.square().sum((1, 2, 3, 4)),
             reference.position_norms_product(x.double(), g.double(), *as_lists(geometry)),
-            cudnn_grads.conv_grad_rounding(kept[0]),
+            cudnn_grads.conv_grad_rounding(*kept, geometry),
         )
         assert float(bound) >= float(formed.square().sum())
     one_sided = torch.tensor([[0.0, worst, 0.0]]).reshape(1, 1, 1, 3)
     lost = reference.conv_sample_grads((x - cut(x, 11)).double(), one_sided.double(), *as_lists(geometry))
     full = reference.position_norms_product(x.double(), one_sided.double(), *as_lists(geometry)).sqrt()
-    assert float(lost.abs().sum()) <= cudnn_grads.conv_grad_rounding(x).operands * float(full)
+    assert float(lost.abs().sum()) <= cudnn_grads.conv_grad_rounding(x, one_sided, geometry).operands * float(
+        full
+    )
     # No more than twice what this example loses: the bound is not vacuous.
-    assert cudnn_grads.conv_grad_rounding(x).operands * float(full) <= 4.1 * float(lost.abs().sum())
+    assert cudnn_grads.conv_grad_rounding(x, one_sided, geometry).operands * float(full) <= 4.1 * float(
+        lost.abs().sum()
+    )
 
 
 # --- the choice of a method ----------------------------------------------------------------------------
@@ -164,6 +204,9 @@ def test_the_committed_table_can_be_read():
     for architecture, rows in entries.items():
         assert architecture.startswith("sm_")
         for kind, entry in rows.items():
+            if kind.startswith("conv_weighted_grad "):
+                assert entry["backend"] in ("cudnn", "triton")
+                continue
             assert kind.split()[0] in ("conv_sample_norms", "linear_sample_norms")
             assert entry["way"] in ("gram", "instantiate")
             assert isinstance(entry["keep"], bool)
@@ -237,6 +280,18 @@ def test_a_table_is_made_once_for_its_parameters():
     assert step_table(update._fused_step(optimizer, params[:1], [0.3])[0]) is not first
 
 
+def test_a_table_is_made_and_written_whatever_the_default_device():
+    """`torch.set_default_device("cuda")` is no reason to look for the host's numbers on a GPU."""
+    params = [nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(7))]
+    optimizer = NoiseCorrectedNadam(params, lr=0.1)
+    for std in (0.1, 0.2):
+        stds = torch.full((2,), std, dtype=torch.float64)
+        fused, _ = update._fused_step(optimizer, params, stds)
+        with torch.device("meta"):
+            table = step_table(fused)
+        torch.testing.assert_close(table.rules[:, 0], stds.float())
+
+
 # --- CUDA C++ -------------------------------------------------------------------------------------------
 
 
@@ -264,3 +319,64 @@ def test_the_bindings_take_what_they_are_handed(monkeypatch):
     step = FusedStep([(x, None, None, None)], [0], [(1.0,) * 14])
     with pytest.raises(RuntimeError, match="CUDA"):
         cuda.noisy_step(Key(bytes(32)), 1 << 63, 1, step)
+
+
+# --- GPUs that are there, and cannot run what we have ---------------------------------------------------
+
+FIRST = Like((2,), torch.float32, torch.device("cuda", 0))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """gpu(capability): as if torch had found such a GPU."""
+
+    def found(capability):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "device", nullcontext)
+        forget()
+
+    def forget():
+        support._older.cache_clear()
+        support._runtime_refuses.cache_clear()
+
+    yield found
+    monkeypatch.undo()
+    forget()
+
+
+def test_older_gpus_than_the_bounds_speak_of_get_plain_torch(gpu):
+    pytest.importorskip("triton", reason="triton is not installed")
+    gpu((7, 5))
+    for operation in support.OPERATIONS:
+        if support.OPERATIONS[operation] != support.DOUBLES:
+            assert resolve_backend(operation, "auto", FIRST) == "reference"
+    with pytest.raises(RuntimeError, match=r"8\.0"):
+        resolve_backend("row_sqnorms", "triton", FIRST)
+
+
+def test_another_makers_gpus_get_plain_torch(gpu, monkeypatch):
+    gpu((9, 4))
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    assert resolve_backend("conv_sample_norms", "auto", FIRST) == "reference"
+
+
+def test_a_driver_older_than_the_linked_runtime_leaves_the_triton_kernels(gpu, monkeypatch):
+    """ "auto" must not choose kernels whose every launch would fail."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    answers = {0: "the CUDA runtime says: CUDA driver version is insufficient", 1: ""}
+    kernels = SimpleNamespace(device_refusal=answers.get)
+    monkeypatch.setattr(support, "_core", SimpleNamespace(CUDA_BUILT=True, cuda=kernels))
+    gpu((9, 0))
+    assert resolve_backend("noisy_step", "auto", FIRST) == "triton"
+    with pytest.raises(RuntimeError, match="driver version is insufficient"):
+        resolve_backend("noisy_step", "cuda", FIRST)
+    other = FIRST._replace(device=torch.device("cuda", 1))
+    assert resolve_backend("noisy_step", "auto", other) == "cuda"
+
+
+@pytest.mark.skipif(
+    support.cuda_missing() is not None or torch.cuda.is_available(), reason="needs CUDA kernels, and no GPU"
+)
+def test_the_linked_runtime_says_that_there_is_no_gpu():
+    assert "the CUDA runtime says" in _core.cuda.device_refusal(0)

@@ -231,7 +231,7 @@ def test_from_data_loader_reads_the_distributed_sampler():
     data = TensorDataset(numbers(100))
     theirs = DataLoader(data, batch_size=5, sampler=DistributedSampler(data, num_replicas=4, rank=3))
     for ranks in ({}, {"rank": 3, "world_size": 4}):
-        loader = PoissonLoader.from_data_loader(theirs, **ranks)
+        loader = PoissonLoader.from_data_loader(theirs, source=NoiseSource(1), **ranks)
         assert (loader.rank, loader.world_size, loader.sample_rate) == (3, 4, 0.2)
         assert loader.expected_batch_size == 20
     with pytest.raises(ValueError, match=r"rank and world_size must agree .* \(3, 4\), got \(1, 4\)"):
@@ -286,14 +286,14 @@ def test_ordinary_samplers_are_accepted(sampler):
         (ValueError, "num_workers must be at least 0, got -1", {"num_workers": -1}),
         (ValueError, "need num_workers > 0", {"prefetch_factor": 2}),
         (ValueError, "rank must be less than world_size = 2, got 2", {"rank": 2, "world_size": 2}),
-        (ValueError, "at least world_size = 6 examples, got 5", {"world_size": 6}),
+        (ValueError, "source must be given where world_size is 6", {"world_size": 6}),
         (ValueError, "world_size must be at most 32768", {"world_size": 32769}),
         (TypeError, "source must be an adaclip.noise.NoiseSource or None, got int", {"source": 3}),
         (TypeError, "transform must be callable or None, got int", {"transform": 3}),
         (ValueError, "columns must come without collate_fn", {"collate_fn": list}),
         (TypeError, "dataset must be map-style", {"dataset": iter([1])}),
         (TypeError, "dataset must be map-style", {"dataset": Endless()}),
-        (ValueError, "at least world_size = 1 examples, got 0", {"dataset": torch.ones(0, 2)}),
+        (ValueError, "at least 1 example, got 0", {"dataset": torch.ones(0, 2)}),
         (ValueError, r"share dimension 0, got shapes", {"dataset": (torch.ones(5), torch.ones(4))}),
     ],
 )

@@ -206,7 +206,7 @@ ERROR while it was cut off: test_x.p
 
 
 def test_floors():
-    from bench.gpu_parts.kernels import conv_work
+    from bench.gpu_parts.kernels import conv_work, sum_work
     from bench.gpu_parts.peaks import Work, floor, peaks_of
     from bench.tune_backends import GEOMETRY
 
@@ -226,3 +226,30 @@ def test_floors():
     kept = conv_work({"way": "instantiate", "keep": True}, (3, 64, 32), torch.bfloat16, 1, GEOMETRY)
     assert kept.products == 2 * 1024 * 27 * 64
     assert kept.bytes == 2 * 1024 * 67 + 4 * 27 * 64
+    whole = sum_work((64, 64, 32), torch.bfloat16, 2)
+    assert (whole.products, whole.kind) == (2 * 2 * 1024 * 576 * 64, "half")
+    assert whole.bytes == 2 * 2 * 1024 * 128 + 4 * 576 * 64
+    assert sum_work((64, 64, 32), torch.float32, 2).kind == "tf32"
+
+
+def test_a_second_run_of_a_day_leaves_the_first_ones_results(tmp_path):
+    first, second, third = (report(tmp_path, {**STEP, "id": name}) for name in "abc")
+    assert len({made.path for made in (first, second, third)}) == 3
+    for made, name in ((first, "a"), (second, "b"), (third, "c")):
+        assert json.loads(made.path.read_text())["results"][0]["id"] == name
+
+
+def test_what_is_promised_is_measured_first():
+    """A step as a graph, the noisy step and the costliest norms, well before half of the time is gone."""
+    from bench.gpu_parts.plan import plan
+
+    items, spent = plan(), 0
+    wanted = {"vgg16, B = 256, bf16, graph", "noisy step", "conv norms and sums 128->128 @ 16x16, bfloat16"}
+    assert len({item.id for item in items}) == len(items)
+    for item in items:
+        spent += item.seconds
+        wanted.discard(item.id)
+        if not wanted:
+            break
+    assert not wanted
+    assert spent < 200

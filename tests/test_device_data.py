@@ -6,6 +6,7 @@ the CPU.
 
 import pytest
 import torch
+from torch.utils.data import Subset, TensorDataset
 
 from adaclip.augment import AUGMENTATIONS, augment
 from adaclip.batches import class_labels
@@ -125,3 +126,10 @@ def test_a_gpus_batches_equal_the_hosts(kind):
     for (x, y), (true_x, true_y) in zip(made, here, strict=True):
         assert torch.equal(x.cpu(), true_x)
         assert torch.equal(y.cpu(), true_y)
+
+
+def test_a_subset_is_gathered_whatever_the_default_device():
+    data = TensorDataset(torch.arange(6.0))
+    with torch.device("meta"):
+        found = TensorColumns.of(Subset(data, [5, 1, 3]))
+    assert found.select(torch.tensor([0, 2]))[0].tolist() == [5.0, 3.0]

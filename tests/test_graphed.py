@@ -320,6 +320,31 @@ def test_an_optimizer_of_its_own_step_is_refused_before_it_is_booked():
     assert optimizer.releases == len(engine.accountant.history) == 0
 
 
+class Scale(nn.Module):
+    """A layer that only the generic fallback can train."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2, 4, 4))
+
+    def forward(self, x):
+        return x * self.scale
+
+
+@pytest.mark.filterwarnings("ignore:adaclip has no fast per-sample gradient")
+def test_a_layer_that_reads_the_device_is_refused_before_it_is_booked():
+    model = nn.Sequential(*network()[:3], Scale(), nn.Flatten(), nn.Linear(32, CLASSES))
+    engine, _, optimizer, loader = private(model, classes=True, pad_to=40)
+    step = Emulated(model, optimizer, nn.functional.cross_entropy)
+    x, y = whole_batch(loader)
+    with pytest.raises(RuntimeError, match=r"reading the device, as those of 3 \(Scale\) are"):
+        step(x, y)
+    assert optimizer.releases == len(engine.accountant.history) == step._recorder.rehearsals == 0
+    model[3].scale.requires_grad_(False)
+    step(*whole_batch(loader))
+    assert optimizer.releases == step._recorder.replays == 1
+
+
 def test_a_side_release_that_does_not_split_is_refused(monkeypatch):
     _, model, optimizer, _, _ = make("everything", False)
     monkeypatch.setattr(type(optimizer._sum.statistics), "unsplit", ["Mine"])

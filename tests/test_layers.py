@@ -131,7 +131,9 @@ def test_embedding(padding_idx, shape):
 @pytest.mark.parametrize("groups", [1, 2])
 def test_weight_standardized_convolution(bias, groups):
     conv = WSConv2d(4, 8, 3, padding=1, groups=groups, bias=bias)
-    check(nn.Sequential(conv, nn.GroupNorm(2, 8), nn.ReLU(), WSConv2d(8, 6, 3)), torch.randn(5, 4, 8, 7))
+    # The worst case of what rounding does to the outputs that norms are made of is some 1e-7 a weight.
+    model = nn.Sequential(conv, nn.GroupNorm(2, 8), nn.ReLU(), WSConv2d(8, 6, 3))
+    check(model, torch.randn(5, 4, 8, 7), tolerance=5e-5)
 
 
 class Twice(nn.Module):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from lossy_sums import gram_norms, lossy_images
 
 pytest.importorskip("triton")
 
@@ -175,9 +176,8 @@ def test_no_positions(gpu_or_interpreter):
             assert out.tolist() == [0, 0] or bool((out <= 1e-30).all())
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("size", [2, 9])
-@pytest.mark.parametrize("where", ["x", "g"])
+@pytest.mark.parametrize(("where", "value"), [("x", math.nan), ("g", math.inf)])
 def test_a_sample_that_is_not_finite_touches_no_other(gpu_or_interpreter, value, size, where):
     from adaclip.kernels.conv_sample_grads import conv_sample_grads
 
@@ -239,3 +239,18 @@ def test_underflow_and_large_values_stay_bounded(gpu_or_interpreter, scale):
         sqnorms, magnitudes = (t.cpu() for t in norms(x, g, SAME))
         assert bool((sqnorms >= squares).all())
         assert bool(torch.isfinite(magnitudes).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [17, 130] + [2048] * torch.cuda.is_available())
+def test_sums_that_lose_bits_stay_bounded(gpu_or_interpreter, dtype, length):
+    """On a GPU: whether its tensor cores add no worse than `products` says they do."""
+    count = 200 if torch.cuda.is_available() else 2
+    x, g = lossy_images(length, count, dtype, gpu_or_interpreter)
+    geometry = ((1, 1), (1, 1), (0, 0), (1, 1), 1)
+    squares, scales = gram_norms(x, g)
+    for norms in (gram, formed):
+        sqnorms, magnitudes = (t.cpu() for t in norms(x, g, geometry))
+        assert bool((sqnorms >= squares - 1e-12 * scales).all())
+        assert bool((magnitudes >= (1 - 1e-12) * scales).all())
+        assert bool((sqnorms <= squares + 4e-3 * scales).all())

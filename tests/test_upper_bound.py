@@ -4,10 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from adaclip import ops, reference
 from adaclip.clipping import clip_factors
+from adaclip.layers import Tape, build_layers
 from adaclip.layers.base import rounding_bound
+from adaclip.layers.ws_conv import WSConv2d
 
 LIMIT = 1 + 2.0**-20
 GEOMETRY = {"kernel": [3, 3], "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1}
@@ -61,7 +64,7 @@ def test_convolution(channels, size, scale, seed):
         made = ops.conv_sample_norms(x, g, **GEOMETRY, keep=keep)
         bounds = made.sqnorms
         if made.kept is None:
-            bounds = rounding_bound(bounds, made.magnitudes, ops.conv_grad_rounding(x, g))
+            bounds = rounding_bound(bounds, made.magnitudes, ops.conv_grad_rounding(x, g, **GEOMETRY))
         # Norms near C, where an underestimate would matter most.
         bound = float(norms.median())
         factors = clip_factors(bounds.sqrt(), bound)
@@ -99,6 +102,41 @@ def test_linear(positions, scale, seed):
         else:
             share = factors[b].float() * made.kept[b]
         assert float(share.double().norm()) <= bound * LIMIT
+
+
+def standardized(conv, x, g):
+    """(upper bounds, exact norms) of the weight's gradients for inputs x and output gradients g, from outputs."""
+    tape = Tape(lambda: bounds.append(layer.measure(layer.slot.uses[0], {conv.weight}).sqnorms.sqrt()))
+    bounds = []
+    (layer,) = build_layers(conv, tape, "auto")
+    layer.attach()
+    (conv(x) * g).sum().backward()
+    layer.detach()
+    copy = WSConv2d(conv.in_channels, conv.out_channels, 3, stride=3, bias=conv.bias is not None).double()
+    copy.load_state_dict(conv.state_dict())
+    norms = []
+    for image, grad in zip(x.double(), g.double(), strict=True):
+        (gradient,) = torch.autograd.grad((copy(image[None]) * grad).sum(), copy.weight)
+        norms.append(gradient.norm())
+    return bounds[0], torch.stack(norms)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 10.0, 1e2, 1e3])
+@pytest.mark.parametrize("offset", [0.1, 1e-3])
+def test_standardized_convolution(monkeypatch, bias, scale, offset):
+    # Two patches that nearly cancel, and leave what the standardization takes away from a gradient.
+    monkeypatch.setattr(ops, "conv_keeps", lambda *args, **options: False)
+    gen = torch.Generator().manual_seed(0)
+    conv = WSConv2d(8, 1, 3, stride=3, bias=bias)
+    if bias:
+        nn.init.constant_(conv.bias, 3.0)
+    left = torch.randn(128, 8, 3, 3, generator=gen) * offset
+    base = torch.randn(128, 8, 3, 3, generator=gen) * scale
+    x = torch.cat([base + conv.standardized_weight().detach() + left, base], dim=2)
+    g = torch.tensor([1.0, -1.0]).reshape(1, 1, 2, 1).expand(128, 1, 2, 1).contiguous()
+    bounds, norms = standardized(conv, x, g)
+    assert bool((bounds * LIMIT >= norms).all())
 
 
 @pytest.mark.parametrize("norm", [0.0, 1e-12, 0.5, 1.0, 1.0 + 1e-7, 1e12, 1e300, float("inf"), float("nan")])

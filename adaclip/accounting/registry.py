@@ -10,6 +10,11 @@ from adaclip.accounting.rdp_accountant import RDPAccountant
 DEFAULT_ACCOUNTANT = "pld"
 
 _ACCOUNTANTS: dict[str, type[Accountant]] = {kind.name: kind for kind in (PLDAccountant, RDPAccountant)}
+# Names that other libraries have for accountants.
+_ELSEWHERE = {
+    "prv": ": Opacus's 'prv' corresponds to 'pld'",
+    "gdp": ": gdp_epsilon gives the figure of Gaussian DP, which is no guarantee",
+}
 
 
 def create_accountant(name: str, adjacency: str = "add_remove") -> Accountant:
@@ -20,5 +25,5 @@ def create_accountant(name: str, adjacency: str = "add_remove") -> Accountant:
     """
     if not isinstance(name, str) or name not in _ACCOUNTANTS:
         names = ", ".join(repr(known) for known in sorted(_ACCOUNTANTS))
-        raise ValueError(f"accountant must be one of {names}, got {name!r}")
+        raise ValueError(f"accountant must be one of {names}, got {name!r}" + _ELSEWHERE.get(str(name), ""))
     return _ACCOUNTANTS[name](adjacency)

@@ -9,7 +9,8 @@ of it is measured; only ratios decide.
 
     gram         T^2/2 (Cin + Cout) products, T^2/2 additions for each tap, x and g read
     instantiate  T D Cout products, x and g read; kept: D Cout floats written and, for the sum, read
-    and if nothing is kept, the weight gradient: T D Cout products in TF32, x and g read, scaled g written and read
+    and if nothing is kept, the weight gradient: T D Cout products in TF32, x and g read, scaled g written and read;
+                 16-bit ones also by a kernel: T D Cout products in 16 bits, D Cout products and additions, x and g read
 
 with T output positions, D = taps times input channels, per group of channels. Gradients are kept where that costs
 less in all, and takes no more than 1.5 times the memory of g, which is then not held until the factors are known.
@@ -33,6 +34,7 @@ __all__ = [
     "architecture",
     "conv_class",
     "conv_method",
+    "conv_sums",
     "linear_class",
     "linear_method",
     "measured",
@@ -46,6 +48,8 @@ _TF32_PRODUCTS = 200e12
 _ADDITIONS = 15e12
 _BYTES = 1.5e12
 _LARGEST_KEPT = 1.5
+# Bytes moved for each 16-bit value that cuDNN multiplies as TF32: read, written in float32 (and scaled), read again.
+_WIDENED = 10
 
 
 def read_table(path: Path = TABLE) -> dict[str, dict[str, Any]]:
@@ -81,13 +85,18 @@ def _pairs(values: Sequence[int]) -> str:
 
 
 def conv_class(
-    spatial: Sequence[int], channels: int, out_channels: int, geometry: ConvGeometry, dtype: torch.dtype
+    spatial: Sequence[int],
+    channels: int,
+    out_channels: int,
+    geometry: ConvGeometry,
+    dtype: torch.dtype,
+    operation: str = "conv_sample_norms",
 ) -> str:
-    """The class of a convolution: sizes rounded up to powers of two."""
+    """The class of a convolution: sizes rounded up to powers of two. operation: or "conv_weighted_grad"."""
     positions = _power(math.prod(geometry.out(spatial)))
     sizes = f"{_power(channels)}>{_power(out_channels)} at {positions}"
     taps = f"kernel {_pairs(geometry.kernel)} stride {_pairs(geometry.stride)} dilation {_pairs(geometry.dilation)}"
-    return f"conv_sample_norms {_name(dtype)} {sizes} {taps} groups {geometry.groups}"
+    return f"{operation} {_name(dtype)} {sizes} {taps} groups {geometry.groups}"
 
 
 def linear_class(positions: int, inputs: int, outputs: int, dtype: torch.dtype) -> str:
@@ -119,6 +128,31 @@ def conv_method(
     inputs, outputs = channels // geometry.groups, out_channels // geometry.groups
     read = inputs * math.prod(spatial) + outputs * positions
     return _cheaper(positions, image**2 / phases, inputs, outputs, taps, read, torch.finfo(dtype).bits // 8)
+
+
+def conv_sums(
+    device: torch.device,
+    spatial: Sequence[int],
+    channels: int,
+    out_channels: int,
+    geometry: ConvGeometry,
+    dtype: torch.dtype,
+) -> str:
+    """What sums a convolution's weighted gradient: "triton" (16-bit tensors over planes alone) or "cudnn"."""
+    if dtype not in (torch.bfloat16, torch.float16) or not geometry.planar():
+        return "cudnn"
+    shape = spatial, channels, out_channels, geometry, dtype
+    entry = measured(device, conv_class(*shape, "conv_weighted_grad"))
+    if entry is not None:
+        return entry["backend"]
+    positions, groups = math.prod(geometry.out(spatial)), geometry.groups
+    depth, outputs = math.prod(geometry.kernel) * (channels // groups), out_channels // groups
+    read = channels * math.prod(spatial) + out_channels * positions
+    # Tiles of 16 x 16 x 16 at least, and every sample's sum is scaled and added.
+    entries = groups * max(depth, 16) * max(outputs, 16)
+    triton = 2 * max(positions, 16) * entries / _PRODUCTS[2] + 2 * entries / _ADDITIONS + 2 * read / _BYTES
+    cudnn = 2 * positions * groups * depth * outputs / _TF32_PRODUCTS + read * _WIDENED / _BYTES
+    return "triton" if triton <= cudnn else "cudnn"
 
 
 def linear_method(

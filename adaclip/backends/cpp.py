@@ -124,8 +124,8 @@ def conv_weighted_grad(
     return out
 
 
-def conv_grad_rounding(x: Tensor) -> Rounding:
-    return plain.conv_grad_rounding(x)
+def conv_grad_rounding(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Rounding:
+    return plain.conv_grad_rounding(x, g, geometry)
 
 
 def linear_sample_norms(a: Tensor, g: Tensor, bias: bool, keep: bool | None) -> SampleNorms:

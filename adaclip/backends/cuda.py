@@ -14,6 +14,7 @@ from torch import Tensor
 from adaclip import _core
 from adaclip.backends import triton
 from adaclip.backends.cpp import conv_sizes
+from adaclip.backends.current import current, on_its_device
 from adaclip.backends.device_table import step_table
 from adaclip.backends.triton import *  # noqa: F403 - the operations that have no kernel here
 from adaclip.backends.values import ConvGeometry, Key, SampleNorms
@@ -22,6 +23,7 @@ from adaclip.step_rule import FusedStep
 __all__ = [*triton.__all__, "gram"]
 
 
+@on_its_device()
 def conv_sample_norms(
     x: Tensor, g: Tensor, geometry: ConvGeometry, bias: bool, keep: bool | None
 ) -> SampleNorms:
@@ -70,9 +72,10 @@ def noisy_step(key: Key, step: int | Tensor, stream: int, fused: FusedStep) -> N
     device, table = fused.tensors[0][0].device, step_table(fused)
     counter = triton.counter(step, device)
     arrays = table.pointers, table.numel, table.first_chunk, table.rules, table.tiles
-    _core.cuda.noisy_step(
-        *(key.on(device).data_ptr(), counter.data_ptr(), stream),
-        *(t.data_ptr() for t in arrays),
-        len(table.tiles),
-        *_place(device),
-    )
+    with current(device):
+        _core.cuda.noisy_step(
+            *(key.on(device).data_ptr(), counter.data_ptr(), stream),
+            *(t.data_ptr() for t in arrays),
+            len(table.tiles),
+            *_place(device),
+        )

@@ -7,7 +7,7 @@ it. And what is added for a sample must not be longer than its norm says. So
 - the product `h = c g` is made in float32;
 - 16-bit inputs are widened (exact) and multiplied as TF32, whose 11 bits hold a float16 and a bfloat16 exactly: only h
   is rounded. (cuDNN has no product of 16-bit tensors with a float32 result; a bfloat16 h would round 4 times as far,
-  and a float16 h underflow.) Matrix products of bfloat16 do have a float32 result, and are taken there, with h in
+  and a float16 h underflow. `adaclip.backends.triton_grads` has one, for the shapes that it suits.) Matrix products of bfloat16 do have a float32 result, and are taken there, with h in
   bfloat16;
 - float32 inputs are multiplied as torch's settings say: both are rounded to TF32 where it is allowed.
 
@@ -28,6 +28,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from adaclip.backends.planes import as_images
 from adaclip.backends.values import ConvGeometry, Rounding
 from adaclip.reference import live_rows, wide_dtype
 
@@ -54,7 +55,7 @@ def conv_weighted_grad(
     x: Tensor, g: Tensor, factors: Tensor, weight: Tensor, geometry: ConvGeometry
 ) -> Tensor:
     """`sum_b factors_b dL_b/dweight` in float32, bitwise repeatable; rows of factor 0 are not read into it."""
-    x, g, factors, geometry = _as_images(x, g, factors, geometry)
+    x, g, factors, geometry = as_images(x, g, factors, geometry)
     kernel, stride, padding, dilation, groups = geometry
     precision = "tf32" if x.dtype != torch.float32 else _precision("conv", x)
     x, h = _scaled(x.float(), g.float(), factors)
@@ -79,8 +80,8 @@ def conv_weighted_grad(
     return total.float().reshape(weight.shape)
 
 
-def conv_grad_rounding(x: Tensor) -> Rounding:
-    """The rounding of `conv_weighted_grad` for inputs like x."""
+def conv_grad_rounding(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Rounding:
+    """The rounding of `conv_weighted_grad` for inputs like x, of any sizes."""
     if x.dtype != torch.float32:
         return Rounding(_SUM_UNIT, _LONGEST + 3, _TF32)
     both = (1 + _TF32) ** 2 - 1 if _precision("conv", x) == "tf32" else 0.0
@@ -121,22 +122,6 @@ def linear_grad_rounding(a: Tensor) -> Rounding:
     return Rounding(_SUM_UNIT, terms, both)
 
 
-def _as_images(
-    x: Tensor, g: Tensor, factors: Tensor, geometry: ConvGeometry
-) -> tuple[Tensor, Tensor, Tensor, ConvGeometry]:
-    """A convolution that is 1 wide along the first of three axes (views of a sample) as one over images."""
-    if len(geometry.kernel) < 3 or not geometry.planar():
-        return x, g, factors, geometry
-    views = x.shape[2]
-    x, g = (t.transpose(1, 2).flatten(0, 1) for t in (x, g))
-    return (
-        x,
-        g,
-        factors.repeat_interleave(views),
-        ConvGeometry(*(v[1:] for v in geometry[:4]), geometry.groups),
-    )
-
-
 def _scaled(x: Tensor, g: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
     """x and factors g, with zeros in the rows of factor 0: 0 times a nan would be one."""
     factors, x, g = live_rows(factors, x, g)
@@ -152,8 +137,11 @@ def _precision(kind: str, x: Tensor) -> str:
     """ "tf32" or "ieee": how torch multiplies float32 on that device now; "conv" or "matmul"."""
     if x.device.type != "cuda":
         return "ieee"
-    settings = torch.backends.cudnn.conv if kind == "conv" else torch.backends.cuda.matmul
-    return "tf32" if settings.fp32_precision == "tf32" else "ieee"
+    cudnn, cublas = torch.backends.cudnn, torch.backends.cuda.matmul
+    settings = [cudnn.conv if kind == "conv" else cublas]
+    if kind == "conv" and not cudnn.enabled:
+        settings.append(cublas)  # by which torch's own convolution multiplies
+    return "tf32" if any(s.fp32_precision == "tf32" for s in settings) else "ieee"
 
 
 @contextmanager

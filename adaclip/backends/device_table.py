@@ -68,14 +68,14 @@ def _refreshed(
     """float64 [P, any]: the numbers in device memory, always at the same place."""
     if name not in cache:
         _refuse_capture(device)
-        cache[name] = to_device(torch.tensor(rows, dtype=torch.float64), device)
+        cache[name] = to_device(torch.tensor(rows, dtype=torch.float64, device="cpu"), device)
     elif not _capturing(device):
         _copy(cache[name], rows)
     return cache[name]
 
 
 def _copy(there: Tensor, rows: Sequence[Sequence[float]]) -> None:
-    host = torch.tensor(rows, dtype=there.dtype).reshape(there.shape)
+    host = torch.tensor(rows, dtype=there.dtype, device="cpu").reshape(there.shape)
     if there.device.type == "cuda":
         # torch's allocator of pinned memory gives a block out again only when the copies that read it are over.
         host = host.pin_memory()

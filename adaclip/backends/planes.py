@@ -7,7 +7,7 @@ from torch import Tensor
 
 from adaclip.backends.values import ConvGeometry
 
-__all__ = ["as_planes", "dense"]
+__all__ = ["as_images", "as_planes", "dense"]
 
 
 def dense(t: Tensor) -> Tensor:
@@ -46,3 +46,18 @@ def as_planes(x: Tensor, g: Tensor, geometry: ConvGeometry) -> tuple[Tensor, Ten
     geometry = ConvGeometry([k, across], [s, beside], [0, left], [d, apart], groups)
     stacked, below = stacked.flatten(2, 3), below.flatten(2, 3)
     return stacked, below[:, :, : geometry.out(stacked.shape[2:])[0]].contiguous(), geometry
+
+
+def as_images(
+    x: Tensor, g: Tensor, factors: Tensor, geometry: ConvGeometry
+) -> tuple[Tensor, Tensor, Tensor, ConvGeometry]:
+    """A convolution that is 1 wide along the first of three axes (views of a sample) as one over images.
+
+    Each image gets its sample's factor. Others are left as they are.
+    """
+    if len(geometry.kernel) < 3 or not geometry.planar():
+        return x, g, factors, geometry
+    views = x.shape[2]
+    x, g = (t.transpose(1, 2).flatten(0, 1) for t in (x, g))
+    flat = ConvGeometry(*(v[1:] for v in geometry[:4]), geometry.groups)
+    return x, g, factors.repeat_interleave(views), flat

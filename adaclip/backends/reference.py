@@ -68,7 +68,7 @@ def conv_weighted_grad(
     return reference.conv_weighted_grad(wide(x), wide(g), factors, weight.detach(), *args)
 
 
-def conv_grad_rounding(x: Tensor) -> Rounding:
+def conv_grad_rounding(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Rounding:
     return Rounding(_unit(x), _CONV_ROUNDINGS)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from adaclip import _core
+from adaclip.backends.current import current
 from adaclip.backends.values import Like
 from adaclip.reference import wide_dtype
 
@@ -87,6 +88,8 @@ def _triton(operation: str, tensors: Sequence[Tensor | Like], planar: bool) -> s
             )
         if t.dtype not in dtypes:
             return f"it runs {', '.join(map(_name, dtypes))}, got {t.dtype}"
+        if t.device.type == "cuda" and (older := _older(t.device)) is not None:
+            return older
     if operation == "conv_sample_norms" and not planar:
         return "it has no kernel for three-dimensional convolutions"
     return None
@@ -104,8 +107,9 @@ def _cuda(operation: str, tensors: Sequence[Tensor | Like], planar: bool) -> str
             return f"it runs tensors on a CUDA GPU, got {t.device.type}"
         if t.dtype not in (_ON_GPU if OPERATIONS[operation] == GRADIENTS else (torch.float32,)):
             return f"it has no kernel for {t.dtype}"
-        if _capability(t.device) < (8, 0):
-            return "its kernels need compute capability 8.0 (A100) or newer"
+        why = _older(t.device) or _runtime_refuses(t.device)
+        if why is not None:
+            return why
     if operation == "conv_sample_norms" and not planar:
         return "it has no kernel for three-dimensional convolutions"
     return None
@@ -120,8 +124,25 @@ REASONS: dict[str, Callable[[str, Sequence[Tensor | Like], bool], str | None]] =
 
 
 @functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (0, 0)
+def _older(device: torch.device) -> str | None:
+    """Why kernels that count on tensor cores of NVIDIA's A100 and later, and on how those round, cannot run there."""
+    if not torch.cuda.is_available():
+        return None
+    if torch.version.hip is not None:
+        return "its kernels are for GPUs of NVIDIA"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "its kernels need compute capability 8.0 (A100) or newer"
+    return None
+
+
+@functools.cache
+def _runtime_refuses(device: torch.device) -> str | None:
+    """Why the CUDA kernels, whose runtime and machine code are not torch's, cannot run there."""
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA GPU"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with current(torch.device("cuda", index)):
+        return _core.cuda.device_refusal(index) or None
 
 
 @functools.cache

@@ -1,6 +1,7 @@
-"""The Triton kernels of `adaclip.kernels`, imported when they are first called; weight gradients are cuDNN's and cuBLAS's.
+"""The Triton kernels of `adaclip.kernels`, imported when they are first called.
 
-Tensors are on a CUDA GPU; in Triton's interpreter they are on the CPU, and weight gradients the C++ core's.
+Weight gradients are cuDNN's and cuBLAS's, but for 16-bit convolutions of shapes that a kernel was chosen for. Tensors
+are on a CUDA GPU; in Triton's interpreter they are on the CPU, and what would be cuDNN's and cuBLAS's is the C++ core's.
 Gradients go in as they are: bfloat16, float16 or float32.
 """
 
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from adaclip import reference
-from adaclip.backends import choice, cpp, cudnn_grads
+from adaclip.backends import choice, cpp, cudnn_grads, support, triton_grads
+from adaclip.backends.current import current, on_its_device
 from adaclip.backends.planes import as_planes
 from adaclip.backends.values import ConvGeometry, Key, Method, Rounding, SampleNorms
 from adaclip.layout import is_flat
@@ -51,6 +53,7 @@ def conv_keeps(x: Tensor, out_channels: int, geometry: ConvGeometry) -> bool:
     return choice.conv_method(x.device, x.shape[2:], x.shape[1], out_channels, geometry, x.dtype).keep
 
 
+@on_its_device()
 def conv_sample_norms(
     x: Tensor, g: Tensor, geometry: ConvGeometry, bias: bool, keep: bool | None
 ) -> SampleNorms:
@@ -93,13 +96,19 @@ def conv_norms(
 def conv_weighted_grad(
     x: Tensor, g: Tensor, factors: Tensor, weight: Tensor, geometry: ConvGeometry
 ) -> Tensor:
-    return _products(x).conv_weighted_grad(x, g, factors, weight, geometry)
+    return _conv_sums(x, g, geometry).conv_weighted_grad(x, g, factors, weight, geometry)
 
 
-def conv_grad_rounding(x: Tensor) -> Rounding:
-    return _products(x).conv_grad_rounding(x)
+def conv_grad_rounding(x: Tensor, g: Tensor, geometry: ConvGeometry) -> Rounding:
+    return _conv_sums(x, g, geometry).conv_grad_rounding(x, g, geometry)
 
 
+def _conv_sums(x: Tensor, g: Tensor, geometry: ConvGeometry):
+    sums = choice.conv_sums(x.device, x.shape[2:], x.shape[1], g.shape[1], geometry, x.dtype)
+    return triton_grads if sums == "triton" and support.triton_missing() is None else _products(x)
+
+
+@on_its_device()
 def linear_sample_norms(a: Tensor, g: Tensor, bias: bool, keep: bool | None) -> SampleNorms:
     from adaclip.kernels import linear_sample_norms as kernels
 
@@ -129,12 +138,14 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], math.prod(x.shape[1:])).contiguous()
 
 
+@on_its_device()
 def row_sqnorms(x: Tensor) -> Tensor:
     from adaclip.kernels.row_sqnorms import row_sqnorms
 
     return row_sqnorms(_rows(x))
 
 
+@on_its_device()
 def weighted_sum(x: Tensor, factors: Tensor) -> Tensor:
     from adaclip.kernels.weighted_sum import weighted_sum
 
@@ -142,12 +153,11 @@ def weighted_sum(x: Tensor, factors: Tensor) -> Tensor:
     if not x.is_contiguous() and x.shape[0] and is_flat(x[0]):
         # Per-sample gradients in another order of dimensions: summed where they lie.
         rows = x.as_strided((x.shape[0], x[0].numel()), (x.stride(0), 1))
-        total = weighted_sum(rows, factors).as_strided(x.shape[1:], x.stride()[1:])
-        # On the CPU noise is added in the order of contiguous gradients.
-        return total if x.device.type != "cpu" else total.contiguous()
+        return weighted_sum(rows, factors).as_strided(x.shape[1:], x.stride()[1:])
     return weighted_sum(_rows(x), factors).view(x.shape[1:])
 
 
+@on_its_device()
 def group_norm_backward(
     g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,6 +170,7 @@ def group_norm_backward(
 # --- norms to factors, statistics and thresholds ------------------------------------------------------
 
 
+@on_its_device()
 def clip_factors(
     sqnorms: Tensor,
     thresholds: Tensor,
@@ -186,6 +197,7 @@ def clip_factors(
     )
 
 
+@on_its_device()
 def sample_statistics(sqnorms: Tensor, thresholds: Tensor, **arguments: Any) -> None:
     from adaclip.kernels.sample_statistics import sample_statistics
 
@@ -196,6 +208,7 @@ def sample_statistics(sqnorms: Tensor, thresholds: Tensor, **arguments: Any) -> 
     torch.autograd.graph.increment_version([t for t in outputs if t is not None])
 
 
+@on_its_device()
 def follow_quantile(
     thresholds: Tensor,
     run: Tensor,
@@ -240,6 +253,7 @@ def _one(std: float | Tensor, device: torch.device) -> Tensor:
     return torch.full((1,), std, dtype=torch.float32, device=device)
 
 
+@on_its_device(3)
 def normal_fill(
     key: Key,
     step: int | Tensor,
@@ -255,6 +269,7 @@ def normal_fill(
     normal_fill(key.on(device), counter(step, device), stream, out, _one(std, device), first_chunk, add)
 
 
+@on_its_device(3)
 def noisy_sum(
     key: Key,
     step: int | Tensor,
@@ -282,7 +297,8 @@ def noisy_step(key: Key, step: int | Tensor, stream: int, fused: FusedStep) -> N
     if not fused.tensors:
         return
     device = fused.tensors[0][0].device
-    noisy_step(key.on(device), counter(step, device), stream, step_table(fused))
+    with current(device):
+        noisy_step(key.on(device), counter(step, device), stream, step_table(fused))
 
 
 def perturb(
@@ -298,4 +314,5 @@ def perturb(
     from adaclip.kernels.perturb import perturb
 
     device = moves[0].param.device
-    perturb(key.on(device), counter(step, device), stream, moves_table(moves, cache), draw, sign)
+    with current(device):
+        perturb(key.on(device), counter(step, device), stream, moves_table(moves, cache), draw, sign)

@@ -46,7 +46,8 @@ class Setting:
     """What a strategy is told, once, before training. Everything in it is public.
 
     Attributes:
-        layers: number of layers with trained parameters, in the model's order.
+        layers: number of layers with trained parameters, in the model's order; for strategies with
+          `per_parameter` every trained parameter is a layer of its own, in the optimizer's order.
         parameters: how many trained numbers each of them holds.
         expected_batch_size: q N, the public denominator.
         device: of the norms that strategies will see, and where their state shall be.
@@ -144,9 +145,11 @@ class Clipping(ABC):
         rule: how norms become factors.
         thresholds: float64 [K], C_t of the logical batch in hand; K = 1 until `bind` knows the layers.
         side: what the strategy releases beside the gradient; None: nothing.
+        per_parameter: whether weight and bias of a layer are told apart, as two layers would be.
     """
 
     name: str
+    per_parameter: bool = False
     rule: Rule = Rule("threshold")
     thresholds: Tensor
     side: SideRelease | None = None

@@ -34,6 +34,8 @@ class PerLayerClipping(Clipping):
     Args:
         max_grad_norm: one number C, shared equally (C_k = C/sqrt(K), so that a sample's whole gradient is
           clipped to C), or a sequence of K numbers in the order of the model's layers. C_0 with a quantile.
+        per_parameter: the K norms are of the trained parameters, in the optimizer's order, not of the layers:
+          weight and bias of a layer are clipped apart.
         allocation: "threshold", g_k = C_k: std_k = sigma_g C_k sqrt(K), each layer has the same signal-to-noise
           ratio at its threshold. "equal", g_k = 1: the same noise, sigma_g sqrt(sum_j C_j^2), in every layer.
         quantile: the share of norms that shall be below each C_k, in (0, 1); None: thresholds stay.
@@ -52,7 +54,9 @@ class PerLayerClipping(Clipping):
         rate: float = 0.2,
         sigma_b: float | None = None,
         accelerate: bool = True,
+        per_parameter: bool = False,
     ):
+        self.per_parameter = bool(per_parameter)
         self._shared = isinstance(max_grad_norm, (int, float))
         norms = [max_grad_norm] if self._shared else list(max_grad_norm)
         name = "max_grad_norm" if self._shared else "max_grad_norm[k]"
@@ -79,9 +83,9 @@ class PerLayerClipping(Clipping):
         if self._shared:
             norms = [self._initial[0] / math.sqrt(layers)] * layers
         elif len(self._initial) != layers:
+            of = "trained parameters" if self.per_parameter else "layers with trainable parameters"
             raise ValueError(
-                f"max_grad_norm must hold one norm for each of the {layers} layers with trainable "
-                f"parameters, got {len(self._initial)}"
+                f"max_grad_norm must hold one norm for each of the {layers} {of}, got {len(self._initial)}"
             )
         else:
             norms = self._initial
@@ -118,6 +122,7 @@ class PerLayerClipping(Clipping):
             "allocation": self._allocation,
             "quantile": self.quantile,
             **({} if self.quantile is None else following),
+            **({"per_parameter": True} if self.per_parameter else {}),
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,6 +17,18 @@ __all__ = ["AdaptiveClipping", "QuantileThresholds", "check_fraction"]
 _REACH = 1e6
 
 
+def _check_bounds(bounds: tuple[float, float] | None, first: float) -> tuple[float, float] | None:
+    """(low, high) as floats; ValueError unless low <= first <= high, low < high, within `_REACH` of first."""
+    if bounds is None:
+        return None
+    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+        raise ValueError(f"bounds must be None or two numbers, got {bounds!r}")
+    low, high = (check_norm(c, "bounds") for c in bounds)
+    if not low <= first <= high or low == high:
+        raise ValueError(f"bounds must be low < high with max_grad_norm {first} between, got {bounds!r}")
+    return low, high
+
+
 def check_fraction(value: float, name: str) -> float:
     """`value` as a float; ValueError unless it is a number in (0, 1)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
@@ -36,6 +48,7 @@ class QuantileThresholds(SplitRelease):
         expected_batch_size: q N, what the noisy sum is divided by: public, never the realized batch size.
         quantile, rate, accelerate: as in `AdaptiveClipping`.
         sigma_b: noise on each indicator sum; None: sqrt(K) q N / 20.
+        bounds: (lowest, highest) value of every threshold; None, or beyond that: a factor 1e6 around C_0.
         backend: what moves the thresholds (`adaclip.backends`).
     """
 
@@ -48,6 +61,7 @@ class QuantileThresholds(SplitRelease):
         rate: float = 0.2,
         sigma_b: float | None = None,
         accelerate: bool = True,
+        bounds: tuple[float, float] | None = None,
         backend: str = "auto",
     ):
         self._backend = backend
@@ -60,6 +74,8 @@ class QuantileThresholds(SplitRelease):
         self.sigma_b = default if sigma_b is None else check_norm(sigma_b, "sigma_b")
         self._thresholds = thresholds
         self._low, self._high = thresholds / _REACH, thresholds * _REACH
+        if bounds is not None:
+            self._low, self._high = self._low.clamp_min(bounds[0]), self._high.clamp_max(bounds[1])
         self._run = torch.zeros_like(thresholds)
         # Row i is C_i, for those that are no longer in force. On the device, grown by doubling: nothing is read back
         # in a step.
@@ -123,8 +139,8 @@ class QuantileThresholds(SplitRelease):
             saved = state[name].to(self._low.device)
             if not bool(((saved >= self._low) & (saved <= self._high)).all()):
                 raise ValueError(
-                    f"clipping state {name} must be within a factor {_REACH:g} of the first thresholds, got "
-                    f"{saved.min().item():g} to {saved.max().item():g}"
+                    f"clipping state {name} must be within the bounds of {self._low.min().item():g} and "
+                    f"{self._high.max().item():g}, got {saved.min().item():g} to {saved.max().item():g}"
                 )
         if not bool(state["run"].isfinite().all()):
             raise ValueError(f"clipping state run must be finite, got {state['run'].tolist()}")
@@ -168,6 +184,7 @@ class AdaptiveClipping(Clipping):
         rate: eta > 0.
         sigma_b: noise standard deviation on the indicator sum; None: q N / 20.
         accelerate: see above.
+        bounds: (lowest, highest) value of C_t, public numbers around C_0; None: only the factor 1e6.
 
     Raises:
         ValueError: an argument is out of range.
@@ -182,12 +199,14 @@ class AdaptiveClipping(Clipping):
         rate: float = 0.2,
         sigma_b: float | None = None,
         accelerate: bool = True,
+        bounds: tuple[float, float] | None = None,
     ):
         self._initial = check_norm(max_grad_norm)
         self.quantile = check_fraction(quantile, "quantile")
         self.rate = check_norm(rate, "rate")
         self.sigma_b = None if sigma_b is None else check_norm(sigma_b, "sigma_b")
         self.accelerate = bool(accelerate)
+        self._bounds = _check_bounds(bounds, self._initial)
         self.thresholds = torch.tensor([self._initial], dtype=torch.float64)
 
     def bind(self, setting: Setting) -> int:
@@ -199,6 +218,7 @@ class AdaptiveClipping(Clipping):
             rate=self.rate,
             sigma_b=self.sigma_b,
             accelerate=self.accelerate,
+            bounds=self._bounds,
             backend=setting.backend,
         )
         self.sigma_b = self.side.sigma_b
@@ -217,6 +237,7 @@ class AdaptiveClipping(Clipping):
             "rate": self.rate,
             "sigma_b": self.sigma_b,
             "accelerate": self.accelerate,
+            **({} if self._bounds is None else {"bounds": list(self._bounds)}),
         }
 
     def state_dict(self) -> dict[str, Any]:

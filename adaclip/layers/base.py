@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from adaclip import ops, reference
 from adaclip.layers.tape import Slot, Tape, Use
+from adaclip.layout import laid_as
+from adaclip.shards import is_sharded
 
 __all__ = [
     "Gradients",
@@ -132,6 +134,9 @@ class RootForward(ReplacedForward):
 class Layer(ReplacedForward):
     """A module whose per-sample gradients the engine forms. Subclasses: one per layer kind."""
 
+    # Whether its norms are made without reading a value of a GPU back, so that a CUDA graph can hold them.
+    capturable = True
+
     def __init__(self, name: str, module: nn.Module, tape: Tape, root: nn.Module, backend: str):
         super().__init__(module)
         self.name = name
@@ -216,17 +221,14 @@ def sum_views(t: Tensor, views: int) -> Tensor:
 
 
 def as_gradient(p: nn.Parameter, total: Tensor) -> tuple[nn.Parameter, Tensor]:
-    """(p, total), total in p's dtype, and in float32 if that has 16 bits.
+    """(p, total), total in p's dtype, in float32 if that has 16 bits, and strided as p is.
 
     Each sample's contribution is bounded up to here, in at least float32. A sum rounded to 16 bits would move by more
     than a contribution when a sample joins.
     """
-    dtype = reference.wide_dtype(p.dtype)
-    total = total.to(dtype)
-    if p.device.type != "cpu" and total.stride() != p.stride():
-        # GPU libraries have their own order of dimensions; the fused update needs the parameter's.
-        total = torch.empty_like(p, dtype=dtype).copy_(total)
-    return p, total
+    total = total.to(reference.wide_dtype(p.dtype))
+    # What makes the sum may order dimensions otherwise (channels_last); the fused update needs the parameter's order.
+    return p, (total if is_sharded(p) else laid_as(total, p))
 
 
 def lowered(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -20,6 +20,8 @@ from adaclip.layers.base import (
     sum_views,
 )
 from adaclip.layers.tape import Use
+from adaclip.layers.ws_conv import standardize
+from adaclip.shards import is_sharded, whole
 
 __all__ = ["ConvLayer", "StandardizedConvLayer"]
 
@@ -100,7 +102,13 @@ class ConvLayer(Layer):
     def _weighted(self, x: Tensor, g: Tensor, factors: Tensor) -> Tensor:
         """`sum_b factors_b dL_b/dweight`, shaped like the weight."""
         weight, geometry = self.module.weight, self._geometry(x.dim() - 2)
-        shaped = weight.detach().reshape(*weight.shape[:2], *geometry["kernel"])
+        # Of a sharded weight the shape is what is left; its values do not matter.
+        like = (
+            torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+            if is_sharded(weight)
+            else weight
+        )
+        shaped = like.detach().reshape(*weight.shape[:2], *geometry["kernel"])
         total = ops.conv_weighted_grad(x, g, factors, shaped, **geometry, backend=self.backend)
         return total.reshape(weight.shape)
 
@@ -115,7 +123,7 @@ class ConvLayer(Layer):
         norms = ops.conv_sample_norms(x, g, **geometry, bias=bias in wanted, backend=self.backend)
         sqnorms, kept, rows = norms.sqnorms, norms.kept, norms.bias
         if kept is None:
-            rounding = ops.conv_grad_rounding(x, g, self.backend)
+            rounding = ops.conv_grad_rounding(x, g, **geometry, backend=self.backend)
             sqnorms = rounding_bound(sqnorms, norms.magnitudes, rounding)
         if rows is not None:
             sqnorms = sqnorms + ops.row_sqnorms(rows, backend=self.backend)
@@ -163,10 +171,11 @@ class StandardizedConvLayer(ConvLayer):
     from a one-channel convolution: exact norms, and no per-sample gradient is formed for them. Where
     the per-sample gradient is formed anyway, P' is applied to it instead.
 
-    On a GPU outputs are rounded to 16 bits or made of operands in TF32. With an error of at most u |w^| * |x| in each
-    output, and at most u |g'| in g' where it is rounded too, <w^, G>/sqrt(n), taken as a vector over the output
-    channels, is off by at most (u + u') sqrt(M) in norm, M the sample's magnitude: |w^| is at most sqrt(n). That
-    much less is taken away. (A bias in the output adds its own rounding, u |b| sum_t |g'|.)
+    Outputs are rounded: each is a sum of n products, and on a GPU kept in 16 bits or made of operands in TF32. With an
+    error of at most u |w^| * |x| in each output, and at most u |g'| in g' where it is rounded too, <w^, G>/sqrt(n),
+    taken as a vector over the output channels, is off by at most (u + u') sqrt(M) in norm, M the sample's magnitude:
+    |w^| is at most sqrt(n). So is <1, G>/sqrt(n) by the rounding of its products. That much less is taken away. (A
+    bias in the output adds its own rounding, u |b| sum_t |g'|.)
     """
 
     def saves_output(self, x: Tensor) -> bool:
@@ -188,11 +197,12 @@ class StandardizedConvLayer(ConvLayer):
         folded = super()._fold(Use([x, g], use.forward), views)
         return Use([*folded.tensors, *(sum_views(d, views) for d in dots)], use.forward)
 
-    def _scale(self) -> Tensor:
-        """1/s per output channel [Cout]."""
+    def _values(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(w^, 1/s per output channel [Cout], the bias), of whole parameters where they are sharded."""
         m = self.module
-        w = reference.wide(m.weight.detach())
-        return (w.var(dim=(1, 2, 3), unbiased=False) + m.eps).rsqrt()
+        weight = whole(m.weight)
+        inverse = (reference.wide(weight).var(dim=(1, 2, 3), unbiased=False) + m.eps).rsqrt()
+        return standardize(weight, m.eps), inverse, None if m.bias is None else whole(m.bias)
 
     def _project(self, total: Tensor, standardized: Tensor) -> Tensor:
         """P' s applied to [..., Cout, Cin/groups, kh, kw]."""
@@ -211,8 +221,7 @@ class StandardizedConvLayer(ConvLayer):
         if not output or ops.conv_keeps(x, weight.shape[0], **geometry, backend=self.backend):
             return part_from_samples(self.sample_grads(use, wanted), self.backend)
         dots = output[0]
-        standardized = m.standardized_weight().detach()
-        inverse = self._scale()
+        standardized, inverse, shift = self._values()
         scaled = g * inverse.reshape(-1, *[1] * (g.dim() - 2))
         if x.dtype == torch.bfloat16 and x.device.type != "cpu":
             # In the inputs' dtype, as the kernels want it; its gradients are the ones that are summed.
@@ -220,33 +229,36 @@ class StandardizedConvLayer(ConvLayer):
         rows = _position_sums(g)
         n = weight[0].numel()
         norms = ops.conv_sample_norms(x, scaled, **geometry, keep=False, backend=self.backend)
-        along_weight = dots if bias is None else dots - bias.detach() * rows
-        along_weight = (along_weight * inverse).double()
-        # Channels and positions are summed in float64: what is taken away below can be larger than
-        # what is left.
+        # Sums over channels and positions are in float64: what is taken away below can be larger than what is left.
+        along_weight = dots.double()
+        if shift is not None:
+            along_weight = along_weight - shift.double() * g.flatten(2).sum(-1, dtype=torch.float64)
+        along_weight = along_weight * inverse.double()
         channel_sums = x.reshape(x.shape[0], m.groups, -1, *x.shape[2:]).sum(2, dtype=torch.float64)
         images = channel_sums.flatten(1, -3)
         ones = images.new_ones(images.shape[1], 1, *m.kernel_size)
         box = F.conv2d(images, ones, None, m.stride, geometry["padding"][-2:], m.dilation, images.shape[1])
         box = box.reshape(*channel_sums.shape[:-2], *g.shape[-2:])
-        box = box.to(reference.wide_dtype(scaled.dtype)).repeat_interleave(weight.shape[0] // m.groups, dim=1)
+        wide = reference.wide_dtype(scaled.dtype)
+        box = box.to(wide).repeat_interleave(weight.shape[0] // m.groups, dim=1)
         along_ones = (scaled * box).flatten(2).sum(-1, dtype=torch.float64)
         length = standardized.double().square().sum((1, 2, 3)) / n
-        unit = ops.conv_output_unit(x)
-        if unit:
-            missed = unit * norms.magnitudes.sqrt()
-            if bias is not None:
-                spread = scaled.abs().flatten(2).sum(-1, dtype=torch.float64) * bias.detach().double()
-                missed = missed + unit * (spread.square().sum(1) / n).sqrt()
-            # Twice what is missed: an error in <w^, G> counts sqrt(2 - |w^|^2/n) times.
-            found = ((2 - length) * along_weight.square()).sum(1).div(n).clamp_min(0).sqrt()
-            removed = along_ones.square().sum(1) / n + (found - 2 * missed).clamp_min(0).square()
-        else:
-            removed = (along_ones.square() + (2 - length) * along_weight.square()).sum(1) / n
-        # The products are rounded in float32: take a little less away than was found.
-        removed *= 1 - 1e-6
+        rounded = torch.finfo(wide).eps / 2
+        # An output's n products and their sum, the product with g and its scale; however the sum is ordered.
+        unit = ops.conv_output_unit(x) + (n + 4) * rounded
+        scale = norms.magnitudes.sqrt()
+        missed = unit * scale
+        if shift is not None:
+            spread = scaled.abs().flatten(2).sum(-1, dtype=torch.float64) * shift.double()
+            missed = missed + unit * (spread.square().sum(1) / n).sqrt()
+        # Twice what is missed: an error in <w^, G> counts sqrt(2 - |w^|^2/n) times.
+        weights = ((2 - length) * along_weight.square()).sum(1).div(n).clamp_min(0).sqrt()
+        means = along_ones.square().sum(1).div(n).sqrt()
+        removed = (weights - 2 * missed).clamp_min(0).square()
+        removed = removed + (means - 4 * rounded * scale).clamp_min(0).square()
         exact = (norms.sqnorms - removed).clamp_min(0)
-        sqnorms = rounding_bound(exact, norms.magnitudes, ops.conv_grad_rounding(x, scaled, self.backend))
+        rounding = ops.conv_grad_rounding(x, scaled, **geometry, backend=self.backend)
+        sqnorms = rounding_bound(exact, norms.magnitudes, rounding)
         # A non-finite gradient must stay visible: clamping would have hidden it.
         sqnorms = torch.where(norms.sqnorms.isfinite(), sqnorms, norms.sqnorms)
         if bias in wanted:
@@ -264,7 +276,7 @@ class StandardizedConvLayer(ConvLayer):
     def sample_grads(self, use: Use, wanted: set[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
         grads = super().sample_grads(use, wanted)
         if self.module.weight in grads:
-            inverse = self._scale().reshape(-1, 1, 1, 1)
-            standardized = reference.wide(self.module.standardized_weight().detach())
-            grads[self.module.weight] = self._project(grads[self.module.weight] * inverse, standardized)
+            standardized, inverse, _ = self._values()
+            scaled = grads[self.module.weight] * inverse.reshape(-1, 1, 1, 1)
+            grads[self.module.weight] = self._project(scaled, reference.wide(standardized))
         return grads

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from adaclip import ops
 from adaclip.layers.base import Layer, sum_views
 from adaclip.layers.tape import Tape, Use
+from adaclip.shards import whole
 
 __all__ = ["FallbackLayer"]
 
@@ -112,6 +113,8 @@ class _Body(nn.Module):
 class FallbackLayer(Layer):
     """Answers for every parameter below the module, its children's included."""
 
+    capturable = False  # what compares the outputs with the batch's is read back
+
     def __init__(self, name: str, module: nn.Module, tape: Tape, root: nn.Module, backend: str):
         super().__init__(name, module, tape, root, backend)
         self._inside = False
@@ -151,22 +154,23 @@ class FallbackLayer(Layer):
 
     def sample_grads(self, use: CallUse, wanted: set[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
         problem: RuntimeError | None = None
+        values = {k: whole(p) for k, p in self.module.named_parameters()}
         for batched in use.call.batched(use.tensors[0].shape[0]):
             try:
-                rows = self._sample_grads(use, wanted, batched)
+                rows = self._sample_grads(use, wanted, values, batched)
                 return {p: sum_views(grads, use.views) for p, grads in rows.items()}
             except RuntimeError as error:
                 problem = problem or error
         raise problem
 
     def _sample_grads(
-        self, use: CallUse, wanted: set[nn.Parameter], batched: list[bool]
+        self, use: CallUse, wanted: set[nn.Parameter], values: dict[str, Tensor], batched: list[bool]
     ) -> dict[nn.Parameter, Tensor]:
         """The rows' gradients if the rows' arguments are those; RuntimeError if the outputs are others."""
         call, grads = use.call, use.tensors
         named = dict(self.module.named_parameters())
-        learned = {k: p.detach() for k, p in named.items() if p in wanted}
-        frozen = {k: p.detach() for k, p in named.items() if p not in wanted}
+        learned = {k: values[k] for k, p in named.items() if p in wanted}
+        frozen = {k: values[k] for k, p in named.items() if p not in wanted}
 
         def loss(params, leaves, outs):
             leaves = [t.unsqueeze(0) if b else t for t, b in zip(leaves, batched, strict=True)]
@@ -191,12 +195,12 @@ class FallbackLayer(Layer):
                 f"{self.name or 'the model'} ({type(self.module).__name__}) cannot be run one sample at a "
                 f"time, so its per-sample gradients are unknown: {error}"
             ) from error
-        for one, whole in zip(made, call.outputs, strict=True):
+        for one, batch in zip(made, call.outputs, strict=True):
             # 16-bit outputs are only known to their own precision.
-            tolerance = max(1e-3, 4 * torch.finfo(whole.dtype).eps)
-            finite = whole.isfinite()
-            scale = torch.where(finite, whole, 0).abs().amax().clamp_min(1e-3) if whole.numel() else 1.0
-            if not bool((((one - whole).abs() <= tolerance * scale) | ~finite).all()):
+            tolerance = max(1e-3, 4 * torch.finfo(batch.dtype).eps)
+            finite = batch.isfinite()
+            scale = torch.where(finite, batch, 0).abs().amax().clamp_min(1e-3) if batch.numel() else 1.0
+            if not bool((((one - batch).abs() <= tolerance * scale) | ~finite).all()):
                 raise RuntimeError(
                     f"{self.name or 'the model'} ({type(self.module).__name__}) gives other outputs one "
                     "sample at a time than on the batch: it mixes samples, is random (dropout), or does "

@@ -89,6 +89,8 @@ class LinearLayer(Layer):
 class EmbeddingLayer(Layer):
     """Input [B, ...] of indices. Norms of a sum over repeated tokens, `sum_{t,t'} [i_t = i_t'] g_t.g_t'`."""
 
+    capturable = False  # how many different tokens a sample has is read back
+
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() < 1:
             raise ValueError(

@@ -8,6 +8,12 @@ import torch
 from torch import Tensor, nn
 
 
+def standardize(weight: Tensor, eps: float) -> Tensor:
+    """[Cout, …] with mean 0 and variance var/(var + eps) per output channel, differentiable in `weight`."""
+    var, mean = torch.var_mean(weight, dim=(1, 2, 3), correction=0, keepdim=True)
+    return (weight - mean) * torch.rsqrt(var + eps)
+
+
 class WSConv2d(nn.Conv2d):
     """A convolution that runs with its weight standardized (Qiao et al. 2019, arXiv 1903.10520).
 
@@ -39,8 +45,7 @@ class WSConv2d(nn.Conv2d):
 
     def standardized_weight(self) -> Tensor:
         """w^ [Cout, Cin/groups, kh, kw], differentiable in ``weight``."""
-        var, mean = torch.var_mean(self.weight, dim=(1, 2, 3), correction=0, keepdim=True)
-        return (self.weight - mean) * torch.rsqrt(var + self.eps)
+        return standardize(self.weight, self.eps)
 
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, self.standardized_weight(), self.bias)

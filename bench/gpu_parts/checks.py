@@ -17,10 +17,12 @@ __all__ = ["run_checks", "verdicts"]
 _TESTS = Path(__file__).parents[2] / "tests"
 _FILES = (
     "test_cuda_kernels.py",
+    "test_cuda_graphs.py",
     "test_triton_*.py",
     "test_backend_triton.py",
     "test_backends.py",
     "test_graphed.py",
+    "test_current_device.py",
     "test_device_data.py",
     "test_no_host_reads.py",
 )
@@ -66,7 +68,7 @@ def run_checks(limit: float, dry_run: bool) -> dict[str, Any]:
     ]
     if not dry_run and importlib.util.find_spec("xdist") is not None:
         # Most of the time goes into compiling kernels, on the CPU.
-        command += ["-n", str(min(8, os.cpu_count() or 1))]
+        command += ["-n", str(min(12, os.cpu_count() or 1))]
     env = os.environ | ({"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} if dry_run else {})
     start = time.monotonic()
     # In tests/: the folder above would hide an installed adaclip behind its sources.

@@ -146,7 +146,7 @@ class Bench:
     # --- convolutions
 
     def conv(self, layer: tuple[int, int, int], dtype: torch.dtype, batch: int) -> dict[str, Any]:
-        """Every way of taking a layer's norms; `chosen` is what the backends would take."""
+        """Every way of taking a layer's norms and weighted gradient; `chosen` is what the backends would take."""
         cin, cout, size = layer
         x, g = (
             self._randn(batch, c, size, size).to(dtype).contiguous(memory_format=torch.channels_last)
@@ -155,12 +155,19 @@ class Bench:
         geometry = tune_backends.GEOMETRY
         method = choice.conv_method(self.device, (size, size), cin, cout, geometry, dtype)
         what = f"conv norms {cin}->{cout} @ {size}x{size}, {str(dtype).removeprefix('torch.')}, B = {batch}"
-        ways = tune_backends.ways(x, g, torch.rand(batch, device=self.device))
+        factors = torch.rand(batch, device=self.device)
+        sums = tune_backends.sums(x, g, factors)
+        ways = tune_backends.ways(x, g, factors, sums["cudnn"])
         rows = []
         for name, (entry, norms, _) in ways.items():
             wrong = tune_backends.wrong(norms(), x, g)
             row = self._row(what, name, wrong, norms, conv_work(entry, layer, dtype, batch, geometry))
             rows.append(row | {"chosen": (entry["way"], entry["keep"]) == tuple(method)})
+        chosen = choice.conv_sums(self.device, (size, size), cin, cout, geometry, dtype)
+        for name, weigh in sums.items():
+            wrong = tune_backends.wrong_sum(name, weigh(), x, g, factors)
+            row = self._row(what.replace("norms", "sum"), name, wrong, weigh, sum_work(layer, dtype, batch))
+            rows.append(row | {"chosen": name == chosen})
         return _result(rows)
 
 
@@ -179,6 +186,15 @@ def conv_work(
         products, additions = 2 * positions * taps * cin * cout, 0
     written = 4 * taps * cin * cout if entry["keep"] else 0
     return Work(batch * (read + written), batch * times * products, kind, batch * additions)
+
+
+def sum_work(layer: tuple[int, int, int], dtype: torch.dtype, batch: int) -> Work:
+    """What a weighted gradient needs at least: x and g read, and products of 16 bits where x has no more."""
+    cin, cout, size = layer
+    positions, taps = size * size, math.prod(tune_backends.GEOMETRY.kernel)
+    moved = _SIZE[dtype] * batch * positions * (cin + cout) + 4 * taps * cin * cout
+    kind = "half" if _SIZE[dtype] == 2 else "tf32"
+    return Work(moved, 2.0 * batch * positions * taps * cin * cout, kind)
 
 
 def _replay(graph: torch.cuda.CUDAGraph, case: object) -> None:

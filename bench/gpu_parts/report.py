@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -33,7 +34,11 @@ class Report:
         self.environment = environment
         name = re.sub(r"[^a-z0-9]+", "-", environment["gpu"].lower().removeprefix("nvidia")).strip("-")
         self._folder.mkdir(parents=True, exist_ok=True)
-        self.path = self._folder / f"gpu-{name}-{time.strftime('%Y-%m-%d')}.json"
+        stem = f"gpu-{name}-{time.strftime('%Y-%m-%d')}"
+        # A second run of a day leaves the first one's results alone.
+        numbers = itertools.chain([""], (f"-{i}" for i in itertools.count(2)))
+        paths = (self._folder / f"{stem}{number}.json" for number in numbers)
+        self.path = next(path for path in paths if not path.exists())
         self.write()
 
     def add(self, result: dict[str, Any]) -> None:

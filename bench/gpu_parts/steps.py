@@ -325,17 +325,17 @@ def measure(case: Case, builders: dict[str, Callable[[], Running]], rounds: int)
 def _prepared(case: Case, builder: Callable[[], Running], name: str, running: dict[str, Running]) -> dict:
     """Build, check and warm up a step; its row, without times. It joins `running` if it is right."""
     row: dict[str, Any] = {"name": name, "status": "ok", "ms": None}
-    held = release(case.device)
+    before = release(case.device)
     try:
         made = builder()
         row["error"] = made.check()
-        row["peak_bytes"] = peak_of(made.step, held, case.device)
+        row["peak_bytes"] = peak_of(made.step, before, case.device)
         running[name] = made
     except Wrong as wrong:
         row |= {"status": "red", "why": str(wrong)}
     except Exception as error:  # a variant that fails is a result, and the others go on
         if out_of_memory(error):
-            row |= {"status": "oom", "why": f"with {held >> 20} MiB held beside it"}
+            row |= {"status": "oom", "why": f"with {before.allocated >> 20} MiB held beside it"}
         else:
             last = traceback.format_exc(limit=-6)
             row |= {"status": "failed", "why": f"{type(error).__name__}: {error}"[:2000], "traceback": last}

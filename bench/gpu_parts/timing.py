@@ -6,11 +6,11 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["alternate_steps", "kernel_time", "out_of_memory", "peak_of", "release"]
+__all__ = ["Memory", "alternate_steps", "kernel_time", "out_of_memory", "peak_of", "release"]
 
 # Longer than any cache: what a kernel reads comes from memory, as in a step.
 _FLUSH_BYTES = 256 << 20
@@ -74,8 +74,19 @@ def kernel_time(fn: Callable[[], Any], device: torch.device, rounds: int) -> flo
     return 1e-3 * statistics.median(start.elapsed_time(end) for start, end in pairs[3:])
 
 
-def peak_of(step: Callable[[], Any], held: int, device: torch.device) -> int | None:
-    """Bytes that a step in its stride needs at its peak beyond `held`: parameters, optimizer and graph included."""
+class Memory(NamedTuple):
+    """Bytes of a GPU: those of living tensors, and those that torch holds for them and for graphs."""
+
+    allocated: int
+    reserved: int
+
+
+def peak_of(step: Callable[[], Any], before: Memory, device: torch.device) -> int | None:
+    """Bytes that a step in its stride needs at its peak beyond `before`: parameters, optimizer and graph included.
+
+    A replayed CUDA graph allocates nothing, and its memory counts as free between replays; but torch never gives it
+    back. So what stays reserved when everything free was given back counts as well.
+    """
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -83,17 +94,19 @@ def peak_of(step: Callable[[], Any], held: int, device: torch.device) -> int | N
     step()
     step()
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - held
+    peak = torch.cuda.max_memory_allocated(device) - before.allocated
+    torch.cuda.empty_cache()
+    return max(peak, torch.cuda.memory_reserved(device) - before.reserved)
 
 
-def release(device: torch.device) -> int:
-    """Give back what nobody holds any more; returns the bytes that are held."""
+def release(device: torch.device) -> Memory:
+    """Give back what nobody holds any more; returns what is held."""
     gc.collect()
     if device.type != "cuda":
-        return 0
+        return Memory(0, 0)
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
-    return torch.cuda.memory_allocated(device)
+    return Memory(torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device))
 
 
 def out_of_memory(error: BaseException) -> bool:

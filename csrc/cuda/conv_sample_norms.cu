@@ -38,14 +38,27 @@ cudaError_t shared_limit(int device, int* bytes) {
   return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
 }
 
+std::string says(cudaError_t error) {
+  return std::string("the CUDA runtime says: ") + cudaGetErrorString(error);
+}
+
 }  // namespace
+
+std::string device_refusal(int device) {
+  cudaFuncAttributes found;
+  cudaError_t error = cudaSetDevice(device);
+  // Loads the code for that device, where there is some.
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&found, kernel_for(Element::bf16, 1));
+  cudaGetLastError();  // or the next launch would find it
+  return error == cudaSuccess ? "" : says(error);
+}
 
 std::string conv_sample_norms_refusal(const ConvShape& shape, int device) {
   if (device < 0) return conv_norms_refusal(shape, kAmpereShared);
   int limit = 0, major = 0;
   cudaError_t error = shared_limit(device, &limit);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error != cudaSuccess) return std::string("the CUDA runtime says: ") + cudaGetErrorString(error);
+  if (error != cudaSuccess) return says(error);
   if (major < 8) return "the device has compute capability below 8.0";
   return conv_norms_refusal(shape, limit);
 }

@@ -21,6 +21,10 @@ struct TensorStrides {
   int64_t sample, channel, position;
 };
 
+// Empty if the kernels of this library can run on `device`, else why not: the driver may be older than the
+// runtime that is linked in, or the library built for other GPUs. `device` becomes the current one.
+std::string device_refusal(int device);
+
 // Empty if the kernel can take this shape on `device`, else why not: it is for planes of up to 256 positions
 // (input and output) and windows of up to 8 x 8, in one or two dimensions, from compute capability 8.0 on.
 // device -1: on an A100 or newer data center GPU; nothing is asked of a driver.

@@ -1,0 +1,5 @@
+"""`opacus.accountants.rdp`."""
+
+from adaclip.opacus.accountants import RDPAccountant
+
+__all__ = ["RDPAccountant"]

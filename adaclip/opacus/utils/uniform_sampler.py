@@ -1,0 +1,9 @@
+"""`opacus.utils.uniform_sampler`: names that say what replaces them."""
+
+from typing import Any
+
+from adaclip.opacus._replacements import raise_import_error
+
+
+def __getattr__(name: str) -> Any:
+    raise_import_error(__name__, name)
