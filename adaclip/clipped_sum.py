@@ -23,6 +23,7 @@ from adaclip.clipping import Clipping, Setting
 from adaclip.groups import LabelGroups
 from adaclip.layers import Layer, Part, Tape, part_from_samples
 from adaclip.processes import Processes
+from adaclip.reference import wide_dtype
 from adaclip.shards import reshard, shared_out
 from adaclip.step_release import Statistics
 
@@ -245,7 +246,7 @@ class ClippedSum:
         params = [p for p in self._parameters() if self._sharded is None]
         for p in params:
             if p.grad is None:
-                p.grad = torch.zeros_like(p)
+                _set_grad(p, torch.zeros_like(p, dtype=wide_dtype(p.dtype)))
         self._processes.add_up([*(p.grad for p in params), self.statistics.sums])
 
     # --- the end of a backward ---------------------------------------------------------------------
@@ -430,13 +431,17 @@ class ClippedSum:
         if self._sharded is not None:
             grad = shared_out(p, grad)
         if p.grad is None:
-            if p.grad_dtype != grad.dtype:
-                # 16-bit parameters: their sum is kept in float32, and rounded when noise is in it.
-                p.grad_dtype = grad.dtype
-            p.grad = grad.detach()
+            _set_grad(p, grad.detach())
         else:
             p.grad.add_(grad)
         self._made[p] = p.grad, p.grad._version
+
+
+def _set_grad(p: nn.Parameter, grad: Tensor) -> None:
+    if p.grad_dtype != grad.dtype:
+        # 16-bit parameters: their sum is kept in float32, and rounded when noise is in it.
+        p.grad_dtype = grad.dtype
+    p.grad = grad
 
 
 def _numbers_of(used: list[Layer]) -> set[int]:

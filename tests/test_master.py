@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_engine import KEY, private, small_model, train
 from torch import nn
+from two_processes import run
 
 from adaclip.master import MASTER, float32_parameters, keep_wide_state
 from adaclip.noise import STREAM_GRADIENT, NoiseSource, chunks
@@ -303,3 +304,25 @@ def test_the_parameter_is_always_the_masters_rounded_value(moves, lr, std, dtype
             (moved - before.float()).abs() <= before.float().abs() * torch.finfo(dtype).eps + 1e-4 * (1 + lr)
         ).all()
     )
+
+
+def a_few_examples():
+    model = short_model()
+    _, model, optimizer, loader = private(model, n=6, batch_size=1)
+    rows = []
+    for _ in range(3):
+        for x, y in loader:
+            optimizer.zero_grad()
+            # A loop may leave out the backward of a batch without samples.
+            if optimizer.batch.rows:
+                square_loss(model(x.bfloat16()).float(), y).backward()
+            optimizer.step()
+            rows.append(optimizer.batch.rows)
+    return [p.detach().float() for p in model.parameters()], rows
+
+
+def test_two_processes_one_of_them_with_nothing():
+    """Its sum is of zeros in float32, as the other's is in float32."""
+    (ours, mine), (theirs, others) = run(a_few_examples)
+    assert any((a == 0) != (b == 0) for a, b in zip(mine, others, strict=True)), (mine, others)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
