@@ -18,6 +18,7 @@ from adaclip.budget import Budget
 from adaclip.checkpoint_archive import check_archive
 from adaclip.checkpoint_form import check_extra, check_form
 from adaclip.files import Output, replace_file
+from adaclip.layers import plain_names, renamed
 from adaclip.optimizer import DPOptimizer
 from adaclip.shards import cut, cut_like, is_sharded, whole_state
 
@@ -92,7 +93,7 @@ def collect(
         raise TypeError(f"extra must be a dict or None, got {type(extra).__name__}")
     check_extra(extra)
     return {
-        "module": whole_state(dict(module.state_dict())),
+        "module": whole_state(plain_names(module.state_dict())),
         "optimizer": whole_state(optimizer.state_dict()),
         "accountant": accountant.state_dict(),
         "run": run,
@@ -175,7 +176,7 @@ def restore(
         raise ValueError(f"the checkpoint's optimizer state cannot be loaded: {error}") from error
     ours = module.state_dict()
     module.load_state_dict(
-        {k: cut(t, ours[k]) if is_sharded(ours[k]) else t for k, t in state["module"].items()}
+        {k: cut(t, ours[k]) if is_sharded(ours[k]) else t for k, t in renamed(state["module"], ours).items()}
     )
     here = state["releases"] + (lost if optimizer.source.secure else 0)
     optimizer.releases = max(optimizer.releases, here)
@@ -231,7 +232,7 @@ def _parts(optimizer: DPOptimizer) -> dict[str, Any]:
 
 def check_module(saved: dict[str, torch.Tensor], module: nn.Module) -> None:
     """Raise ValueError unless `saved` fits the module exactly, tensor by tensor."""
-    ours = module.state_dict()
+    ours = plain_names(module.state_dict())
     missing, unknown = sorted(ours.keys() - saved.keys()), sorted(saved.keys() - ours.keys())
     shapes = [k for k in ours.keys() & saved.keys() if ours[k].shape != saved[k].shape]
     for what, names in (("lacks", missing), ("also has", unknown), ("has other shapes for", sorted(shapes))):

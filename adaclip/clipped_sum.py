@@ -23,6 +23,7 @@ from adaclip.clipping import NORM_KEY, Clipping, Setting
 from adaclip.groups import LabelGroups
 from adaclip.layers import Layer, Part, Tape, part_from_samples
 from adaclip.processes import Processes
+from adaclip.reference import wide_dtype
 from adaclip.shards import reshard, shared_out
 from adaclip.step_release import Statistics
 
@@ -119,7 +120,10 @@ class ClippedSum:
         self.sample_norms: Tensor | None = None
         # How many samples were dropped because their gradient was not finite. Private as well.
         self.non_finite = torch.zeros((), dtype=torch.int64, device=setting.device)
-        self._last_forward = 0
+        # Which forward passes (and, negative, calls outside of one) are in the sum; those in sums before it are
+        # numbered from the first to the second of `_spent`.
+        self._seen: set[int] = set()
+        self._spent = 0, 0
         self._fixed: FixedBatch | None = None
         # Why the sum cannot be used, if the last backward did not come to its end.
         self.broken: str | None = None
@@ -140,8 +144,8 @@ class ClippedSum:
         self._thresholds: tuple[Tensor, int] | None = None
         self._made: dict[nn.Parameter, tuple[Tensor, int]] = {}
         self._step: int | None = None
-        # Calls outside the whole model's forward that are in the sum.
-        self._calls: set[int] = set()
+        self._spent = min({self._spent[0], *self._seen}), max({self._spent[1], *self._seen})
+        self._seen = set()
         self._physical: BatchInfo | None = None
         self._rows_done = 0
         self._complete = False
@@ -258,7 +262,7 @@ class ClippedSum:
         params = [p for p in self._parameters() if self._sharded is None]
         for p in params:
             if p.grad is None:
-                p.grad = torch.zeros_like(p)
+                _set_grad(p, torch.zeros_like(p, dtype=wide_dtype(p.dtype)))
         self._processes.add_up([*(p.grad for p in params), self.statistics.sums])
 
     # --- the end of a backward ---------------------------------------------------------------------
@@ -285,22 +289,19 @@ class ClippedSum:
 
     def _check_uses(self, used: list[Layer]) -> int:
         """The number of samples of this backward, each with all of its views."""
-        # Compiled regions carry no number, calls outside the whole model's forward one of their own; for them, and
-        # behind this check, the rows are counted.
-        numbers = {use.forward for layer in used for use in layer.slot.uses}
-        forwards, calls = {n for n in numbers if n > 0}, {n for n in numbers if n < 0}
-        if len(forwards) > 1:
+        # Calls outside the whole model's forward have a number of their own, each; for them, and behind this check,
+        # the rows are counted.
+        numbers = _numbers_of(used)
+        if sum(n > 0 for n in numbers) > 1:
             raise RuntimeError(
                 "one backward covers two forward passes of the model, so a row no longer is one sample: call "
                 "backward() for each, or put both passes inside one module's forward"
             )
-        forward = forwards.pop() if forwards else 0
-        if (forward and forward == self._last_forward) or calls & self._calls:
+        if any(n in self._seen or self._spent[0] <= n <= self._spent[1] for n in numbers):
             raise RuntimeError(
                 "two backward passes over one forward pass would clip every sample twice: add the losses and "
                 "call backward() once (and use activation checkpointing with use_reentrant=False)"
             )
-        self._last_forward = forward
         sizes = {layer.rows(use): layer.name for layer in used for use in layer.slot.uses}
         if len(sizes) > 1:
             raise RuntimeError(
@@ -343,7 +344,7 @@ class ClippedSum:
         if self._fixed is not None:
             real = self._fixed.real
         self._rows_done += rows
-        self._calls |= {use.forward for layer in used for use in layer.slot.uses if use.forward < 0}
+        self._seen |= _numbers_of(used)
         if self._fixed is not None and self._thresholds is None:
             raise RuntimeError(
                 "a captured backward needs thresholds that were set outside of it: call open() first"
@@ -447,7 +448,18 @@ class ClippedSum:
         if self._sharded is not None:
             grad = shared_out(p, grad)
         if p.grad is None:
-            p.grad = grad.detach()
+            _set_grad(p, grad.detach())
         else:
             p.grad.add_(grad)
         self._made[p] = p.grad, p.grad._version
+
+
+def _set_grad(p: nn.Parameter, grad: Tensor) -> None:
+    if p.grad_dtype != grad.dtype:
+        # 16-bit parameters: their sum is kept in float32, and rounded when noise is in it.
+        p.grad_dtype = grad.dtype
+    p.grad = grad
+
+
+def _numbers_of(used: list[Layer]) -> set[int]:
+    return {use.forward for layer in used for use in layer.slot.uses}

@@ -22,7 +22,7 @@ from adaclip.clipping import Clipping, make_clipping
 from adaclip.epochs import EpochLoader
 from adaclip.errors import PrivacyBudgetExceeded
 from adaclip.groups import LabelGroups
-from adaclip.layers import ReplacedForward, RootForward, Tape, build_layers
+from adaclip.layers import ReplacedForward, RootForward, Tape, build_layers, build_reliefs, plain_module
 from adaclip.noise import NoiseSource
 from adaclip.optimizer import DPOptimizer
 from adaclip.planning import calibrate_schedule, planned_events, planned_releases, quantized
@@ -166,7 +166,9 @@ class PrivacyEngine:
                 backend=backend,
                 loss_reduction=loss_reduction,
             )
-            model = arguments.unwrapped(module, processes)
+            # Whichever of both was compiled.
+            wrapper = plain_module(module)
+            model = plain_module(arguments.unwrapped(wrapper, processes))
             arguments.check_model(model)
             arguments.check_optimizer(model, optimizer, smoothing)
             sharded = check_shards(model, processes)
@@ -234,17 +236,18 @@ class PrivacyEngine:
         clipped_sum.reset()
         self._optimizer, self._loader, self.accountant = private, loader, accountant
         self._module, self._model = module, model
-        if module is not model:
+        if wrapper is not model:
             # Its reducer would wait for gradients that never come by its way.
-            self._synced, module.require_backward_grad_sync = module.require_backward_grad_sync, False
-        for layer in layers:
+            self._synced, wrapper.require_backward_grad_sync = wrapper.require_backward_grad_sync, False
+        reliefs = build_reliefs(model, layers)
+        for layer in [*layers, *reliefs]:
             layer.attach()
         # Made last: the root may be a layer itself, and then counts around its adapter.
         root = RootForward(model, tape, nullcontext if point is None else point.away)
         root.attach()
         guard = PrivateStepOnly(optimizer)
         guard.attach()
-        self._replaced = [root, *layers, guard]
+        self._replaced = [root, *layers, *reliefs, guard]
         if point is not None:
             point.attach(model)
             loader.on_batch = private.note_batch
@@ -344,10 +347,11 @@ class PrivacyEngine:
         """Give the model back as it was: ordinary forwards, no hook, no private gradients."""
         if self._module is None:
             raise RuntimeError("no model is attached to this engine")
-        if module is not None and module is not self._module:
+        if module is not None and plain_module(module) is not plain_module(self._module):
             raise ValueError("module must be the one given to make_private")
-        if self._model is not self._module:
-            self._module.require_backward_grad_sync = self._synced
+        wrapper = plain_module(self._module)
+        if self._model is not wrapper:
+            wrapper.require_backward_grad_sync = self._synced
         if self._optimizer.smoothing is not None:
             # First: it raises where a parameter was written to at the evaluation point, and can be called again.
             self._loader.on_batch = None
@@ -358,6 +362,8 @@ class PrivacyEngine:
         self._used_keys += [self._optimizer._source] if self._optimizer.releases else []
         for p in self._module.parameters():
             p.grad = None
+            if p.grad_dtype != p.dtype:
+                p.grad_dtype = p.dtype
         attached, self._module, self._model = self._module, None, None
         self._replaced, self._optimizer, self._loader, self._booked_epoch = [], None, None, None
         return attached
@@ -494,5 +500,6 @@ class PrivacyEngine:
             raise RuntimeError("this engine trains a model already: detach it first, or use another engine")
 
     def _check_attached(self, module: nn.Module, optimizer: DPOptimizer) -> None:
-        if module is not self._module or optimizer is not self._optimizer:
+        ours = self._module is not None and plain_module(module) is plain_module(self._module)
+        if not ours or optimizer is not self._optimizer:
             raise ValueError("module and optimizer must be those that make_private of this engine returned")

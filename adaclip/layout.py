@@ -30,11 +30,11 @@ def is_channels_last(tensor: torch.Tensor) -> bool:
 
 
 def laid_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """`tensor` with the strides of `like`, which has its shape: a copy only where the memory is in another order."""
+    """`tensor`, in its own dtype, with the strides of `like`, which has its shape: a copy only where the memory is in another order."""
     if tensor.stride() == like.stride():
         return tensor
     sizes = zip(tensor.shape, tensor.stride(), like.stride(), strict=True)
     if is_flat(like) and all(size == 1 or mine == other for size, mine, other in sizes):
         # Strides along dimensions of size 1 say nothing.
         return tensor.as_strided(like.shape, like.stride())
-    return torch.empty_like(like).copy_(tensor)
+    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)

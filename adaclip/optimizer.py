@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,7 @@ from adaclip.batches import BatchInfo
 from adaclip.clipped_sum import ClippedSum
 from adaclip.clipping import NORM_KEY, Clipping, PerGroupClipping
 from adaclip.groups import LabelGroups
+from adaclip.master import keep_wide_state
 from adaclip.noise import STREAM_GRADIENT, NoiseSource
 from adaclip.processes import Processes
 from adaclip.schedules import Schedule
@@ -19,6 +21,13 @@ from adaclip.step_release import check_noise, gradient_sigma
 from adaclip.update import noisy_update
 
 __all__ = ["DPOptimizer"]
+
+_NO_SCALER = (
+    "torch.amp.GradScaler scales the loss before gradients are clipped, so C would bound something else, and its scale "
+    "follows private gradients without noise: call loss.backward() and optimizer.step() without it, from the next batch "
+    "on. bfloat16 autocast needs no scaler; under float16, multiply the loss and max_grad_norm, and divide lr, by one "
+    "constant"
+)
 
 
 class DPOptimizer(torch.optim.Optimizer):
@@ -37,6 +46,8 @@ class DPOptimizer(torch.optim.Optimizer):
     `noise_multiplier` is that of the whole step, gradient and statistics together, and the one that is booked;
     the gradient's share is `gradient_noise_multiplier` (`adaclip.step_release`). It may be changed between
     steps, or follow a schedule; every step books the value it uses.
+
+    16-bit parameters are updated on a float32 master copy, part of `state_dict` (`adaclip.master`).
     """
 
     # Makes torch.amp.GradScaler hand us its scale instead of changing the gradients behind our back.
@@ -86,6 +97,9 @@ class DPOptimizer(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict]:
+        # GradScaler.unscale_ changes gradients in a way that their version counters do not tell. It asks for them here.
+        if sys._getframe(1).f_code.co_name == "_unscale_grads_":
+            raise RuntimeError(_NO_SCALER)
         return self.original_optimizer.param_groups
 
     @param_groups.setter
@@ -231,15 +245,15 @@ class DPOptimizer(torch.optim.Optimizer):
         Of several processes each makes the step, of the same logical batch, or none does: RuntimeError in all where
         one cannot. One that is lost after that leaves a release booked that was not made.
         """
+        # Before the closure, which would make a gradient. It leaves them on us where step() raises.
+        if self.__dict__.keys() & {"grad_scale", "found_inf"}:
+            self.__dict__.pop("grad_scale", None)
+            self.__dict__.pop("found_inf", None)
+            raise RuntimeError(_NO_SCALER)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if getattr(self, "grad_scale", None) is not None:
-            raise RuntimeError(
-                "torch.amp.GradScaler scales the loss before the gradients are clipped, so C would bound "
-                "something else: call loss.backward() and optimizer.step() without it (bfloat16 needs no scaler)"
-            )
         info = self._batch()
         if info is not None and not info.last:
             return loss
@@ -348,6 +362,7 @@ class DPOptimizer(torch.optim.Optimizer):
             groups = [{**{k: v for k, v in ours.items() if k == NORM_KEY}, **g} for g, ours in pairs]
         self._sum.clipping.check_groups(groups, self.defaults)
         self.original_optimizer.load_state_dict({**state_dict, "param_groups": groups})
+        keep_wide_state(self.original_optimizer, state_dict)
 
     def __repr__(self) -> str:
         return f"DPOptimizer(noise_multiplier={self.noise_multiplier}, {self.original_optimizer!r})"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .backends import load, resolve_backend
 from .layout import is_flat
+from .master import float32_parameters
 from .noise import (
     STREAM_GRADIENT,
     NoiseSource,
@@ -94,11 +95,19 @@ def noisy_update(
     For exactly SGD, Adam, AdamW, NAdam and the optimizers of adaclip.smoothing on float32 tensors, all on the CPU or all
     on one GPU that adaclip has kernels for, that fill one block of memory each, with equally strided gradients and
     plain options, everything is one pass and ``p.grad`` is only read. On a GPU no value is read back. All else
-    (amsgrad, capturable, differentiable, tensor options, step hooks, other dtypes, devices or optimizers) adds the noise to ``p.grad`` and calls ``optimizer.step()``, after ``optimizer.note_noise(params,
-    stds)`` where the optimizer has that method.
+    (amsgrad, capturable, differentiable, tensor options, step hooks, float64, other devices or optimizers) adds the
+    noise to ``p.grad`` and calls ``optimizer.step()``, after ``optimizer.note_noise(params, stds)`` where the optimizer
+    has that method.
+
+    bfloat16 and float16 parameters are float32 for the time of the update, with any optimizer: a float32 master copy in
+    ``optimizer.state`` takes noise and update, and the parameter is its rounded value (`adaclip.master`). Their
+    gradients may be float32 (``p.grad_dtype``).
     """
     step, stream = address(step, stream)
-    begin_update(optimizer, params, stds, backend).apply(source, step, stream)
+    params, stds = list(params), _checked_stds(stds)
+    _check(optimizer, params, stds)
+    with float32_parameters(optimizer, params):
+        begin_update(optimizer, params, stds, backend).apply(source, step, stream)
 
 
 Stds = list[float] | Tensor

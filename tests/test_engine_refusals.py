@@ -218,14 +218,49 @@ def test_reentrant_checkpointing():
     assert len(engine.accountant) == 0
 
 
-def test_a_gradient_scaler():
+@pytest.mark.parametrize("call", ["step", "unscale_"])
+@pytest.mark.parametrize("scale", [4.0, 0.25])
+def test_a_gradient_scaler(scale, call):
     engine, model, optimizer, loader = private()
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    batches = iter(loader)
+    x, y = next(batches)
+    before = flat(model)
+    scaler.scale(square_loss(model(x), y)).backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"GradScaler.*without it"):
+        getattr(scaler, call)(optimizer)
+    assert len(engine.accountant) == 0
+    assert torch.equal(flat(model), before)
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
+    # The loop goes on without it.
+    x, y = next(batches)
+    optimizer.zero_grad()
+    square_loss(model(x), y).backward()
+    optimizer.step()
+    assert len(engine.accountant) == 1
+
+
+def test_what_a_gradient_scaler_hands_over():
+    engine, _, optimizer, loader = private()
+    batch_of(loader)
+    optimizer.grad_scale = optimizer.found_inf = torch.zeros(())
+    with pytest.raises(RuntimeError, match="GradScaler"):
+        optimizer.step(lambda: pytest.fail("the closure must not run"))
+    assert len(engine.accountant) == 0
+    optimizer.step()
+    assert len(engine.accountant) == 1
+
+
+def test_a_scaler_that_is_switched_off_does_nothing():
+    engine, model, optimizer, loader = private()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
     x, y = batch_of(loader)
     scaler.scale(square_loss(model(x), y)).backward()
-    with pytest.raises(RuntimeError, match="GradScaler"):
-        scaler.step(optimizer)
-    assert len(engine.accountant) == 0
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert len(engine.accountant) == 1
 
 
 def test_what_decides_the_noise_cannot_be_set():

@@ -312,15 +312,14 @@ def test_any_other_optimizer_takes_noise_first_then_its_own_step(make):
     assert ours[0].grad is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_dtypes_go_the_generic_way(dtype):
-    params = _params(dtype=dtype)
+def test_float64_goes_the_generic_way():
+    params = _params(dtype=torch.float64)
     optimizer = torch.optim.SGD(params, lr=1.0)
     before = [p.detach().clone() for p in params]
     noisy_update(optimizer, params, [0.25] * len(params), NoiseSource(1), 0)
     first = 0
     for p, old in zip(params, before, strict=True):
-        z = NoiseSource(1).normal_(torch.empty(p.shape, dtype=dtype), 0, std=0.25, first_chunk=first)
+        z = NoiseSource(1).normal_(torch.empty(p.shape, dtype=p.dtype), 0, std=0.25, first_chunk=first)
         assert torch.equal(p.detach(), old - z)
         first += chunks(p.numel())
 

@@ -215,6 +215,6 @@ def test_16_bit_views_keep_the_bound(make, shape):
     for share in (151.5 / 256, 179.5 / 256, 213.5 / 256):
         bound = float(norms) * share
         found, _ = private_step(model, x, y, square_loss, max_grad_norm=bound, **options)
-        assert {t.dtype for t in found.values()} == {torch.bfloat16}
+        assert {t.dtype for t in found.values()} == {torch.float32}
         total = torch.cat([t.double().flatten() for t in found.values()]).norm()
-        assert float(total) == pytest.approx(bound, rel=1e-3)
+        assert bound * (1 - 1e-5) <= float(total) <= bound * (1 + 2.0**-20)

@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from adaclip.layers.base import Layer, Part, ReplacedForward, RootForward, part_from_samples
+from adaclip.layers.compiled import plain_module, plain_names, renamed
 from adaclip.layers.conv import ConvLayer, StandardizedConvLayer
 from adaclip.layers.fallback import FallbackLayer
 from adaclip.layers.frozen_norm import FrozenBatchNorm
@@ -20,6 +21,7 @@ from adaclip.layers.norm import (
     InstanceNormLayer,
     LayerNormLayer,
 )
+from adaclip.layers.relu import ReLULayer
 from adaclip.layers.tape import Tape, Use
 from adaclip.layers.ws_conv import WSConv2d
 
@@ -31,7 +33,11 @@ __all__ = [
     "Tape",
     "Use",
     "build_layers",
+    "build_reliefs",
     "part_from_samples",
+    "plain_module",
+    "plain_names",
+    "renamed",
 ]
 
 _ADAPTERS: dict[type[nn.Module], type[Layer]] = {
@@ -142,3 +148,14 @@ def build_layers(root: nn.Module, tape: Tape, backend: str) -> list[Layer]:
             stacklevel=4,
         )
     return layers
+
+
+def build_reliefs(root: nn.Module, layers: list[Layer]) -> list[ReplacedForward]:
+    """What stands in for modules without parameters: they learn nothing, but compile badly."""
+    # What the generic layers run, they run as it is.
+    left = {m for layer in layers if isinstance(layer, FallbackLayer) for m in layer.module.modules()}
+    return [
+        ReLULayer(m)
+        for m in root.modules()
+        if type(m) is nn.ReLU and "forward" not in m.__dict__ and m not in left
+    ]

@@ -105,18 +105,30 @@ class RootForward(ReplacedForward):
         self.away = away
 
     def __call__(self, *args, **kwargs):
-        # Not while compiling: a changing number would recompile the model at every step.
+        learning = self.module.training and torch.is_grad_enabled()
         if torch.compiler.is_compiling():
-            return self.original(*args, **kwargs)
-        if not (self.module.training and torch.is_grad_enabled()):
-            with self.away():
-                return self.original(*args, **kwargs)
-        self.tape.forwards += 1
-        self.tape.current = self.tape.forwards
+            if not learning:
+                run = self.original if self.away is nullcontext else self._evaluate
+                return run(*args, **kwargs)
+            # Operations, not the numbers themselves: a changing one would recompile the model at every step.
+            torch.ops.adaclip.mark(self.tape.ticket, self.tape.number, False)
+            result = self.original(*args, **kwargs)
+            torch.ops.adaclip.mark(self.tape.ticket, self.tape.number, True)
+            return result
+        if not learning:
+            return self._evaluate(*args, **kwargs)
+        self.tape.enter()
         try:
             return self.original(*args, **kwargs)
         finally:
-            self.tape.current = 0
+            self.tape.leave()
+
+    @torch.compiler.disable(
+        reason="adaclip moves the parameters back from the point where gradients are taken"
+    )
+    def _evaluate(self, *args, **kwargs):
+        with self.away():
+            return self.original(*args, **kwargs)
 
 
 class Layer(ReplacedForward):
@@ -209,12 +221,12 @@ def sum_views(t: Tensor, views: int) -> Tensor:
 
 
 def as_gradient(p: nn.Parameter, total: Tensor) -> tuple[nn.Parameter, Tensor]:
-    """(p, total), total in p's dtype, as torch wants a `.grad`, and strided as p is.
+    """(p, total), total in p's dtype, in float32 if that has 16 bits, and strided as p is.
 
-    Each sample's contribution is bounded up to here, in at least float32. Under a 16-bit parameter the
-    sum of them is now rounded once, by at most 2^-8 (bfloat16) or 2^-11 (float16) of each entry.
+    Each sample's contribution is bounded up to here, in at least float32. A sum rounded to 16 bits would move by more
+    than a contribution when a sample joins.
     """
-    total = total.to(p.dtype)
+    total = total.to(reference.wide_dtype(p.dtype))
     # What makes the sum may order dimensions otherwise (channels_last); the fused update needs the parameter's order.
     return p, (total if is_sharded(p) else laid_as(total, p))
 

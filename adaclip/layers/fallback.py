@@ -122,6 +122,7 @@ class FallbackLayer(Layer):
     def parameters(self) -> list[nn.Parameter]:
         return list(self.module.parameters())
 
+    @torch.compiler.disable(reason="adaclip runs this module once more in its backward, one sample at a time")
     def __call__(self, *args, **kwargs):
         if self._inside:
             return self.original(*args, **kwargs)

@@ -16,10 +16,14 @@ from torch.library import custom_op
 from adaclip import ops, reference
 from adaclip.layers import tape
 
-__all__ = ["conv", "embedding", "frozen_norm", "group_norm", "layer_norm", "linear", "record"]
+__all__ = ["conv", "embedding", "frozen_norm", "group_norm", "layer_norm", "linear", "mark", "record"]
 
 
-@custom_op("adaclip::record", mutates_args=("ticket",))
+# What Python does in a step is not in a CUDA graph that inductor makes of it; the tag keeps it from making one.
+_IN_PYTHON = (torch.Tag.cudagraph_unsafe,)
+
+
+@custom_op("adaclip::record", mutates_args=("ticket",), tags=_IN_PYTHON)
 def record(ticket: Tensor, tensors: list[Tensor], slot: int, forward: int, copy: bool) -> None:
     tape.record(tensors, slot, forward, copy)
 
@@ -29,21 +33,31 @@ def _(ticket, tensors, slot, forward, copy):
     return None
 
 
+@custom_op("adaclip::mark", mutates_args=("ticket",), tags=_IN_PYTHON)
+def mark(ticket: Tensor, tape_number: int, ends: bool) -> None:
+    tape.mark(tape_number, ends)
+
+
+@mark.register_fake
+def _(ticket, tape_number, ends):
+    return None
+
+
 def _register(op, forward, setup, backward):
     op.register_fake(forward)
     op.register_autograd(backward, setup_context=setup)
 
 
 def _save(ctx, ticket, slot, forward, copy, *tensors):
-    # A compiler must see the ticket it hands to `record`. In eager mode it is not saved like the
-    # others: autograd would notice that a first backward mutated it, before we can explain the second.
-    ctx.save_for_backward(*tensors, *([ticket] if copy else []))
-    ctx.ticket = None if copy else ticket
+    ctx.save_for_backward(*tensors)
+    # Not saved like the others: autograd would notice that it was mutated, in eager mode before we can explain a second
+    # backward, and where a layer is used twice in one compiled graph, whose uses share a ticket.
+    ctx.ticket = ticket
     ctx.record = slot, forward, copy
 
 
 def _saved(ctx):
-    return ctx.saved_tensors if ctx.ticket is None else (*ctx.saved_tensors, ctx.ticket)
+    return *ctx.saved_tensors, ctx.ticket
 
 
 # --- convolution: records x, g, and with save_output the products <y, g> per output channel ---------
@@ -69,6 +83,7 @@ def conv(
     forward: int,
     copy: bool,
 ) -> Tensor:
+    tape.called(slot, copy)
     return _conv(x, weight, bias, stride, padding, dilation, groups, save_output, ticket, slot, forward, copy)
 
 
@@ -114,6 +129,7 @@ def _linear(x, weight, bias, ticket, slot, forward, copy):
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, ticket: Tensor, slot: int, forward: int, copy: bool
 ) -> Tensor:
+    tape.called(slot, copy)
     return _linear(x, weight, bias, ticket, slot, forward, copy)
 
 
@@ -140,6 +156,7 @@ def _embedding(indices, weight, ticket, slot, forward, copy):
 
 @custom_op("adaclip::embedding", mutates_args=())
 def embedding(indices: Tensor, weight: Tensor, ticket: Tensor, slot: int, forward: int, copy: bool) -> Tensor:
+    tape.called(slot, copy)
     return _embedding(indices, weight, ticket, slot, forward, copy)
 
 
@@ -179,6 +196,7 @@ def group_norm(
     forward: int,
     copy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    tape.called(slot, copy)
     return _group_norm(x, weight, bias, groups, eps, backend, ticket, slot, forward, copy)
 
 
@@ -233,6 +251,7 @@ def layer_norm(
     forward: int,
     copy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    tape.called(slot, copy)
     return _layer_norm(x, weight, bias, normalized, eps, ticket, slot, forward, copy)
 
 
@@ -282,6 +301,7 @@ def frozen_norm(
     forward: int,
     copy: bool,
 ) -> Tensor:
+    tape.called(slot, copy)
     return _frozen_norm(x, weight, bias, mean, var, eps, ticket, slot, forward, copy)
 
 
