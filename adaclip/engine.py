@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from adaclip import arguments, checkpoint
 from adaclip.accounting import Accountant, Ledger, SubsampledGaussian, create_accountant
+from adaclip.attached import Attached
 from adaclip.augment import Augmentation
 from adaclip.batches import BatchInfo, class_labels
 from adaclip.budget import Budget
@@ -22,7 +22,7 @@ from adaclip.clipping import Clipping, make_clipping
 from adaclip.epochs import EpochLoader
 from adaclip.errors import PrivacyBudgetExceeded
 from adaclip.groups import LabelGroups
-from adaclip.layers import ReplacedForward, RootForward, Tape, build_layers, build_reliefs, plain_module
+from adaclip.layers import Tape, build_layers, plain_module
 from adaclip.noise import NoiseSource
 from adaclip.optimizer import DPOptimizer
 from adaclip.planning import calibrate_schedule, planned_events, planned_releases, quantized
@@ -31,7 +31,6 @@ from adaclip.sampler import PoissonLoader
 from adaclip.schedules import Schedule, check_schedule
 from adaclip.shards import check_shards
 from adaclip.smoothing import EvaluationPoint, SmoothedLoss
-from adaclip.update import PrivateStepOnly
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -73,12 +72,7 @@ class PrivacyEngine:
     def __init__(self, accountant: str = "pld", adjacency: str | None = None):
         self.accountant: Accountant = create_accountant(accountant, adjacency or "add_remove")
         self._adjacency = adjacency
-        # As it was given, and without the wrapper that it may have.
-        self._module: nn.Module | None = None
-        self._model: nn.Module | None = None
-        self._replaced: list[ReplacedForward | PrivateStepOnly] = []
-        self._optimizer: DPOptimizer | None = None
-        self._loader: PoissonLoader | EpochLoader | None = None
+        self._attached: Attached | None = None
         self._budget: Budget | None = None
         self._booked_epoch: tuple[int, float] | None = None
         self._used_keys: list[NoiseSource] = []
@@ -234,23 +228,8 @@ class PrivacyEngine:
         if not sharded:
             processes.start_alike(model)
         clipped_sum.reset()
-        self._optimizer, self._loader, self.accountant = private, loader, accountant
-        self._module, self._model = module, model
-        if wrapper is not model:
-            # Its reducer would wait for gradients that never come by its way.
-            self._synced, wrapper.require_backward_grad_sync = wrapper.require_backward_grad_sync, False
-        reliefs = build_reliefs(model, layers)
-        for layer in [*layers, *reliefs]:
-            layer.attach()
-        # Made last: the root may be a layer itself, and then counts around its adapter.
-        root = RootForward(model, tape, nullcontext if point is None else point.away)
-        root.attach()
-        guard = PrivateStepOnly(optimizer)
-        guard.attach()
-        self._replaced = [root, *layers, *reliefs, guard]
-        if point is not None:
-            point.attach(model)
-            loader.on_batch = private.note_batch
+        self.accountant, self._booked_epoch = accountant, None
+        self._attached = Attached(module, model, private, loader, tape, layers)
         return module, private, loader
 
     def make_private_with_epsilon(
@@ -345,28 +324,15 @@ class PrivacyEngine:
 
     def detach(self, module: nn.Module | None = None) -> nn.Module:
         """Give the model back as it was: ordinary forwards, no hook, no private gradients."""
-        if self._module is None:
+        if self._attached is None:
             raise RuntimeError("no model is attached to this engine")
-        if module is not None and plain_module(module) is not plain_module(self._module):
+        if module is not None and not self._attached.is_of(module):
             raise ValueError("module must be the one given to make_private")
-        wrapper = plain_module(self._module)
-        if self._model is not wrapper:
-            wrapper.require_backward_grad_sync = self._synced
-        if self._optimizer.smoothing is not None:
-            # First: it raises where a parameter was written to at the evaluation point, and can be called again.
-            self._loader.on_batch = None
-            self._optimizer.smoothing.detach()
-        for replaced in self._replaced:
-            replaced.detach()
-        self._optimizer._sum.reset()
-        self._used_keys += [self._optimizer._source] if self._optimizer.releases else []
-        for p in self._module.parameters():
-            p.grad = None
-            if p.grad_dtype != p.dtype:
-                p.grad_dtype = p.dtype
-        attached, self._module, self._model = self._module, None, None
-        self._replaced, self._optimizer, self._loader, self._booked_epoch = [], None, None, None
-        return attached
+        attached = self._attached
+        attached.detach()
+        self._used_keys += [attached.optimizer.source] if attached.optimizer.releases else []
+        self._attached = None
+        return attached.module
 
     # --- privacy spent -----------------------------------------------------------------------------
 
@@ -380,51 +346,51 @@ class PrivacyEngine:
 
     def can_step(self) -> bool:
         """Whether the budget, if there is one, leaves room for the next `optimizer.step()`."""
-        optimizer = self._optimizer
-        if self._budget is None or optimizer is None:
+        if self._budget is None or self._attached is None:
             return True
-        batch = optimizer.batch
-        in_epochs = isinstance(self._loader, EpochLoader) and self._booked_epoch is not None
-        if in_epochs and batch is not None and batch.epoch == self._booked_epoch[0]:
-            # The rest of an epoch that was booked is free.
-            return True
+        optimizer, loader = self._attached.optimizer, self._attached.loader
         schedule = optimizer.noise_schedule
         sigma = optimizer.base_noise_multiplier * (1.0 if schedule is None else schedule(optimizer.releases))
         try:
-            self._budget.check(self.accountant.ledger, self._release(sigma))
+            release = self._due(loader, optimizer.batch, sigma)
+            if release is not None:
+                self._budget.check(self.accountant.ledger, release)
         except PrivacyBudgetExceeded:
             return False
         return True
 
-    def _release(self, sigma: float) -> SubsampledGaussian:
-        sampling = "shuffled" if isinstance(self._loader, EpochLoader) else "poisson"
-        return SubsampledGaussian(self._loader.sample_rate, sigma, sampling)
+    def _due(
+        self, loader: PoissonLoader | EpochLoader, info: BatchInfo | None, sigma: float
+    ) -> SubsampledGaussian | None:
+        """The release that a step of this batch has to book; None for the rest of an epoch that was booked whole."""
+        if not isinstance(loader, EpochLoader):
+            return SubsampledGaussian(loader.sample_rate, sigma, "poisson")
+        if info is not None and self._booked_epoch is not None and info.epoch == self._booked_epoch[0]:
+            # Every example enters one step of an epoch: the epoch is one release, booked at its start.
+            booked = self._booked_epoch[1]
+            if sigma < booked:
+                raise RuntimeError(
+                    f"noise_multiplier must not fall within an epoch, which was booked with {booked}, got {sigma}"
+                )
+            return None
+        return SubsampledGaussian(loader.sample_rate, sigma, "shuffled")
 
     def _book(self, optimizer: DPOptimizer, info: BatchInfo | None) -> None:
         """Book one release, or raise PrivacyBudgetExceeded with nothing booked."""
-        loader = self._loader
-        if loader is None or optimizer is not self._optimizer:
+        if self._attached is None or optimizer is not self._attached.optimizer:
             raise RuntimeError("this optimizer's engine was detached: its steps are no longer accounted")
         if info is None:
             raise RuntimeError(
                 "step() needs a batch of the private loader: its sampling is what the accountant books. "
                 "Iterate over the loader that make_private returned"
             )
-        sigma = optimizer.noise_multiplier
-        if isinstance(loader, EpochLoader) and self._booked_epoch is not None:
-            # Every example enters one step of an epoch: the epoch is one release, booked at its start.
-            epoch, booked = self._booked_epoch
-            if info.epoch == epoch and sigma < booked:
-                raise RuntimeError(
-                    f"noise_multiplier must not fall within an epoch, which was booked with {booked}, got {sigma}"
-                )
-            if info.epoch == epoch:
-                return
-        release = self._release(sigma)
+        release = self._due(self._attached.loader, info, optimizer.noise_multiplier)
+        if release is None:
+            return
         if self._budget is not None:
             self._budget.check(self.accountant.ledger, release)
         self.accountant.add(release)
-        self._booked_epoch = info.epoch, sigma
+        self._booked_epoch = info.epoch, optimizer.noise_multiplier
 
     # --- checkpoints -------------------------------------------------------------------------------
 
@@ -450,9 +416,9 @@ class PrivacyEngine:
 
         Raises OSError, with the old checkpoint unchanged, if it cannot be written.
         """
-        self._check_attached(module, optimizer)
-        here = self._loader, self.accountant, self._budget, self._lineage.run
-        state = checkpoint.collect(self._model, optimizer, *here, extra)
+        held = self._check_attached(module, optimizer)
+        here = held.loader, self.accountant, self._budget, self._lineage.run
+        state = checkpoint.collect(held.model, optimizer, *here, extra)
         with optimizer.processes.together("save_checkpoint"):
             if optimizer.processes.rank == 0:
                 if ledger is not None:
@@ -476,11 +442,11 @@ class PrivacyEngine:
         Raises ValueError, with nothing changed, if the file is damaged or of another version, or belongs
         to another model, optimizer, clipping, groups, smoothing, noise multiplier, schedule or data set.
         """
-        self._check_attached(module, optimizer)
+        held = self._check_attached(module, optimizer)
         with optimizer.processes.together("load_checkpoint"):
             state = checkpoint.load(path)
-            here = self._loader, self.accountant, self._budget
-            saved, budget = checkpoint.check(state, self._model, optimizer, *here)
+            here = held.loader, self.accountant, self._budget
+            saved, budget = checkpoint.check(state, held.model, optimizer, *here)
             counted = saved if ledger is None else Ledger.load(ledger).longer(saved)
         optimizer.processes.agree_on(
             "load_checkpoint", {"checkpoint": (state["run"], state["releases"], counted.state_dict())}
@@ -488,7 +454,7 @@ class PrivacyEngine:
         # The sum in hand was clipped to other thresholds, and its parameters are about to change.
         optimizer._sum.reset()
         lost = counted.steps - saved.steps
-        checkpoint.restore(state, self._model, optimizer, self._loader, lost=lost)
+        checkpoint.restore(state, held.model, optimizer, held.loader, lost=lost)
         self._lineage.adopt(self.accountant, state["run"], counted)
         self._budget = budget
         return state["extra"]
@@ -496,10 +462,11 @@ class PrivacyEngine:
     # --- checks ------------------------------------------------------------------------------------
 
     def _check_free(self) -> None:
-        if self._module is not None:
+        if self._attached is not None:
             raise RuntimeError("this engine trains a model already: detach it first, or use another engine")
 
-    def _check_attached(self, module: nn.Module, optimizer: DPOptimizer) -> None:
-        ours = self._module is not None and plain_module(module) is plain_module(self._module)
-        if not ours or optimizer is not self._optimizer:
+    def _check_attached(self, module: nn.Module, optimizer: DPOptimizer) -> Attached:
+        held = self._attached
+        if held is None or optimizer is not held.optimizer or not held.is_of(module):
             raise ValueError("module and optimizer must be those that make_private of this engine returned")
+        return held

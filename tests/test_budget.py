@@ -320,7 +320,7 @@ def test_shuffled_batches_have_no_guarantee_under_add_remove():
             noise_multiplier=1.0,
             poisson_sampling=False,
         )
-    assert engine._module is None
+    assert engine._attached is None
 
 
 def test_replacing_an_example_costs_more_than_adding_one():

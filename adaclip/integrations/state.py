@@ -22,9 +22,9 @@ class PrivacyState:
         self._engine = engine
 
     def state_dict(self) -> dict[str, Any]:
-        engine = self._engine
-        here = engine._loader, engine.accountant, engine._budget, engine._lineage.run
-        state = checkpoint.collect(engine._model, engine._optimizer, *here, None)
+        engine, held = self._engine, self._engine._attached
+        here = held.loader, engine.accountant, engine._budget, engine._lineage.run
+        state = checkpoint.collect(held.model, held.optimizer, *here, None)
         own = {name: value for name, value in state.items() if name not in ("module", "optimizer", "extra")}
         return {"version": checkpoint.VERSION, **own}
 
@@ -35,8 +35,8 @@ class PrivacyState:
             ValueError: with nothing changed, if it is of another version, or of another clipping, noise multiplier,
               data set and so on (as `PrivacyEngine.load_checkpoint`).
         """
-        engine = self._engine
-        module, optimizer, loader = engine._model, engine._optimizer, engine._loader
+        engine, held = self._engine, self._engine._attached
+        module, optimizer, loader = held.model, held.optimizer, held.loader
         if state.get("version") != checkpoint.VERSION:
             raise ValueError(
                 f"the privacy state must have version {checkpoint.VERSION}, got {state.get('version')!r}"

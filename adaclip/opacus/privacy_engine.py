@@ -317,7 +317,8 @@ class PrivacyEngine:
         return extra.get("checkpoint_dict", extra)
 
     def _own(self, optimizer: DPOptimizer | None) -> DPOptimizer:
-        return self.engine._optimizer if optimizer is None else optimizer
+        held = self.engine._attached
+        return held.optimizer if optimizer is None and held is not None else optimizer
 
     def _continue(
         self, state: dict[str, Any], module, optimizer, noise_scheduler, grad_clip_scheduler
