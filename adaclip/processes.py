@@ -24,8 +24,8 @@ from adaclip.noise import NoiseSource
 
 __all__ = ["Processes"]
 
-# Bytes that are added up at a time: large enough to fill a link, small beside the gradients themselves.
-_BUCKET = 32 << 20
+# Bytes of small tensors that are copied together for one message, and from which on a tensor is one by itself.
+_BUCKET, _ALONE = 4 << 20, 1 << 20
 
 
 class Processes:
@@ -195,15 +195,19 @@ class Processes:
         """
         if self.size == 1:
             return
-        for bucket in _buckets(tensors):
-            wide = torch.promote_types(bucket[0].dtype, torch.float32)
-            flat = torch.cat([t.reshape(-1).to(wide) for t in bucket])
-            try:
-                dist.all_reduce(flat, group=self._group)
-            except RuntimeError as error:
-                raise self._lost("the sum over all processes", error) from error
-            for t, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-                t.copy_(part.view(t.shape))
+        waiting = []
+        try:
+            # All are under way at once: a sum of several threads, or of a GPU's streams, waits for no other.
+            for bucket in _buckets(tensors):
+                flat = _joined(bucket)
+                waiting.append((bucket, flat, dist.all_reduce(flat, group=self._group, async_op=True)))
+            for bucket, flat, work in waiting:
+                work.wait()
+                if flat is not bucket[0]:
+                    for t, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                        t.copy_(part.view(t.shape))
+        except RuntimeError as error:
+            raise self._lost("the sum over all processes", error) from error
 
 
 def _gloo_beside(group: dist.ProcessGroup) -> dist.ProcessGroup:
@@ -217,11 +221,14 @@ def _gloo_beside(group: dist.ProcessGroup) -> dist.ProcessGroup:
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbors of one dtype and device, up to _BUCKET bytes of them."""
+    """Neighbors of one dtype and device, up to _BUCKET bytes of them; a large tensor alone, which is summed in place."""
     bucket: list[Tensor] = []
     size = 0
     for t in tensors:
         mine = t.numel() * t.element_size()
+        if mine >= _ALONE and t.is_contiguous() and t.element_size() >= 4:
+            yield [t]
+            continue
         if bucket and (size + mine > _BUCKET or (t.dtype, t.device) != (bucket[0].dtype, bucket[0].device)):
             yield bucket
             bucket, size = [], 0
@@ -229,3 +236,12 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
         size += mine
     if bucket:
         yield bucket
+
+
+def _joined(bucket: list[Tensor]) -> Tensor:
+    """The bucket in one tensor, of at least float32: itself, or a copy."""
+    first = bucket[0]
+    if len(bucket) == 1 and first.is_contiguous() and first.element_size() >= 4:
+        return first
+    wide = torch.promote_types(first.dtype, torch.float32)
+    return torch.cat([t.reshape(-1).to(wide) for t in bucket])
