@@ -26,9 +26,9 @@ __all__ = ["run_bench"]
 
 # A sample's gradient is materialized by the reference: a few samples are as telling as a batch.
 _CHECKED_SAMPLES = 4
-# Two float32 roundings of a deep network differ by about 1e-5; a wrong layer by far more. (float64 as the
-# truth would flip near-ties of max pools and ReLUs, which says nothing about the private step.)
-_TOLERANCE = 1e-4
+# Two float32 roundings of a deep network differ by about 1e-5, and bounds on norms of standardized convolutions are up to
+# 1e-4 above them; a wrong layer differs by far more. (float64 as the truth would flip near-ties of max pools and ReLUs, which says nothing about the private step.)
+_TOLERANCE = 5e-4
 _NORM, _NOISE, _RATE = 1.0, 1.0, 1e-3
 
 

@@ -121,7 +121,9 @@ def test_layers(module, shape, views, backend):
     model = nn.Sequential(copy.deepcopy(module))
     for p in model.parameters():
         nn.init.normal_(p)
-    check(model, torch.randn(3 * views, *shape), views, backend=backend)
+    # Norms of standardized convolutions are upper bounds, for the worst rounding of their outputs.
+    tolerance = 1e-4 if isinstance(module, WSConv2d) else 1e-5
+    check(model, torch.randn(3 * views, *shape), views, backend=backend, tolerance=tolerance)
 
 
 @pytest.mark.parametrize("padding_idx", [None, 2])

@@ -58,8 +58,8 @@ def test_a_gpu_gets_graphs_and_tf32_unless_told_otherwise(settings, graphed, pre
 class GraphsOnTheCPU(Place):
     """As on a GPU, with an emulated graph."""
 
-    def __init__(self, config, device):
-        super().__init__(config, device)
+    def __init__(self, config, device, alone=True):
+        super().__init__(config, device, alone)
         self.graphed, self.pad_to = config.graph, "auto"
 
 

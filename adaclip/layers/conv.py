@@ -251,10 +251,11 @@ class StandardizedConvLayer(ConvLayer):
         if shift is not None:
             spread = scaled.abs().flatten(2).sum(-1, dtype=torch.float64) * shift.double()
             missed = missed + unit * (spread.square().sum(1) / n).sqrt()
-        # Twice what is missed: an error in <w^, G> counts sqrt(2 - |w^|^2/n) times.
+        # An error in <w^, G> counts sqrt(2 - |w^|^2/n) times, which is 1 but for eps.
+        missed = missed * (2 - length.amin()).clamp_min(1).sqrt()
         weights = ((2 - length) * along_weight.square()).sum(1).div(n).clamp_min(0).sqrt()
         means = along_ones.square().sum(1).div(n).sqrt()
-        removed = (weights - 2 * missed).clamp_min(0).square()
+        removed = (weights - missed).clamp_min(0).square()
         removed = removed + (means - 4 * rounded * scale).clamp_min(0).square()
         exact = (norms.sqnorms - removed).clamp_min(0)
         rounding = ops.conv_grad_rounding(x, scaled, **geometry, backend=self.backend)
