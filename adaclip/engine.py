@@ -70,7 +70,9 @@ class PrivacyEngine:
     _planned_loader = staticmethod(arguments.planned_loader)
 
     def __init__(self, accountant: str = "pld", adjacency: str | None = None):
-        self.accountant: Accountant = create_accountant(accountant, adjacency or "add_remove")
+        self.accountant: Accountant = create_accountant(
+            accountant, "add_remove" if adjacency is None else adjacency
+        )
         self._adjacency = adjacency
         self._attached: Attached | None = None
         self._budget: Budget | None = None

@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_engine import private
 
-from adaclip import functional, models, schedules
+from adaclip import PrivacyEngine, functional, models, schedules
 from adaclip.accounting import (
     Laplace,
     Ledger,
@@ -250,3 +250,12 @@ def test_plain_values_can_be_saved():
     check_extra({"a": [None, True, 1, 0.5, "x", b"y", (torch.ones(1),)], "b": OrderedDict(c=1)})
     with pytest.raises(TypeError, match=r"extra\['a'\]\[0\] must be a plain value"):
         check_extra({"a": [pickle]})
+
+
+def test_what_is_no_adjacency_and_no_delta():
+    with pytest.raises(ValueError, match="adjacency must be one of"):
+        PrivacyEngine(adjacency=np.array([0.5, 2.0]))
+    engine = PrivacyEngine()
+    engine.accountant.step(0.1, 1.0)
+    with pytest.raises(ValueError, match=r"delta must be at least 2.23e-308, got 1e-320"):
+        engine.get_epsilon(1e-320)

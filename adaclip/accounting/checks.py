@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import sys
 from decimal import Decimal
 from numbers import Real
 
@@ -64,10 +65,12 @@ def positive_probability(name: str, value: object) -> float:
 
 
 def delta_value(name: str, value: object) -> float:
-    """``value`` strictly between 0 and 1."""
+    """``value`` strictly between 0 and 1, and large enough for a float to hold all of its digits."""
     number = real(name, value, "a number in (0, 1)")
     if not 0.0 < number < 1.0:
         raise ValueError(f"{name} must be in (0, 1), got {number!r}")
+    if number < sys.float_info.min:
+        raise ValueError(f"{name} must be at least {sys.float_info.min:.3g}, got {number!r}")
     return number
 
 
