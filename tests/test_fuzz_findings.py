@@ -259,3 +259,12 @@ def test_what_is_no_adjacency_and_no_delta():
     engine.accountant.step(0.1, 1.0)
     with pytest.raises(ValueError, match=r"delta must be at least 2.23e-308, got 1e-320"):
         engine.get_epsilon(1e-320)
+
+
+def test_calibration_where_delta_is_the_total_variation():
+    # 10 steps at a rate of 1e-6: with little noise δ = 1e-5 is what it takes to be drawn at all.
+    arguments = {"delta": 1e-5, "sample_rate": 1e-6, "steps": 10, "adjacency": "replace_one"}
+    sigma = calibrate_noise(
+        target_epsilon=0.318, accountant="pld", sampling="truncated_poisson", overflow=0.0, **arguments
+    )
+    assert 0 < sigma < 0.3

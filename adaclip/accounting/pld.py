@@ -98,6 +98,9 @@ def _closed_form(terms: Terms, delta: float) -> float | None:
 
 def _direction(search: Search, terms: Terms, delta: float, rel: float, known: float) -> tuple[float, float]:
     """Bounds for one direction; the lower one may be 0 where the upper one is below ``known`` already."""
+    if not math.isfinite(search.epsilon + search.spread + search.bend):
+        # No saddle point in floats: nearly no noise at a tiny rate, and δ within rounding of the total variation.
+        return 0.0, math.inf
     smooth = search.smooth(search.epsilon, rel * search.epsilon) if search.epsilon > 0.0 else None
     if smooth is not None:
         low, high = smooth.epsilon_bounds(delta, search.epsilon)
