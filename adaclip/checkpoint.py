@@ -21,6 +21,7 @@ from adaclip.files import Output, replace_file
 from adaclip.layers import plain_names, renamed
 from adaclip.optimizer import DPOptimizer
 from adaclip.shards import cut, cut_like, is_sharded, whole_state
+from adaclip.torch_rules import RULES
 
 __all__ = ["VERSION", "Lineage", "check", "check_module", "collect", "load", "restore", "save"]
 
@@ -35,8 +36,11 @@ def save(path: str | os.PathLike, state: dict[str, Any]) -> None:
     """Write `state` (tensors and plain values) so that `path` is the old file or the whole new one, on disk.
 
     Raises:
+        TypeError: the module's or the optimizer's state holds something else, which could not be read again.
         OSError: it cannot be written; an existing file is unchanged.
     """
+    for name in ("module", "optimizer"):
+        check_extra(state[name], name)
 
     def write(file: BinaryIO) -> None:
         output = Output(file)
@@ -234,7 +238,7 @@ def check_module(saved: dict[str, torch.Tensor], module: nn.Module) -> None:
     """Raise ValueError unless `saved` fits the module exactly, tensor by tensor."""
     ours = plain_names(module.state_dict())
     missing, unknown = sorted(ours.keys() - saved.keys()), sorted(saved.keys() - ours.keys())
-    shapes = [k for k in ours.keys() & saved.keys() if ours[k].shape != saved[k].shape]
+    shapes = [k for k in ours.keys() & saved.keys() if _shape(ours[k]) != _shape(saved[k])]
     for what, names in (("lacks", missing), ("also has", unknown), ("has other shapes for", sorted(shapes))):
         if names:
             raise ValueError(
@@ -243,13 +247,20 @@ def check_module(saved: dict[str, torch.Tensor], module: nn.Module) -> None:
             )
 
 
+def _shape(value: Any) -> torch.Size | None:
+    """None for what is no tensor: a module's extra state."""
+    return value.shape if isinstance(value, torch.Tensor) else None
+
+
 def _check_optimizer(saved: dict[str, Any], optimizer: DPOptimizer) -> None:
-    """Raise ValueError unless `saved` holds, for every parameter, tensors of its shape and plain values."""
+    """Raise ValueError unless `saved` holds every parameter's state, and of a known optimizer in its shape."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     numbers = [i for group in saved["param_groups"] for i in group["params"]]
     if len(numbers) != len(params) or len(set(numbers)) != len(numbers):
         raise ValueError(f"the optimizer's state is of {len(numbers)} parameters, got {len(params)}")
-    for i, p in zip(numbers, params, strict=True):
+    # Others keep what they like (Adafactor: the means of rows and of columns).
+    known = type(optimizer.original_optimizer) in RULES
+    for i, p in zip(numbers, params, strict=True) if known else ():
         for name, value in saved["state"].get(i, {}).items():
             if isinstance(value, torch.Tensor) and value.shape not in (p.shape, ()):
                 raise ValueError(

@@ -39,7 +39,8 @@ def check_form(state: Mapping[str, Any], parts: tuple[str, ...]) -> None:
     if not 0 <= state["releases"] < _MOST:
         raise ValueError(f"the checkpoint is damaged: its releases are {state['releases']}")
     for name, value in state["module"].items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
+        # What a module's get_extra_state gives may be anything that a checkpoint can hold.
+        if not isinstance(name, str) or not (isinstance(value, Tensor) or name.endswith("_extra_state")):
             raise ValueError(f"the checkpoint is damaged: its module's {_short(name)} is {_short(value)}")
     for name in parts:
         part = state["parts"].get(name)
@@ -67,6 +68,11 @@ _PLAIN = (
     *(str, bytes, int, float, bool, type(None)),
     *(Tensor, nn.Parameter, torch.Size, torch.dtype, torch.device),
 )
+# Of other dtypes (uint16, float8) a pickle holds what could ask for memory by a number.
+_DTYPES = (
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128),
+    *(torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool),
+)
 
 
 def check_extra(value: Any, where: str = "extra") -> None:
@@ -78,6 +84,11 @@ def check_extra(value: Any, where: str = "extra") -> None:
     elif type(value) in (list, tuple):
         for i, item in enumerate(value):
             check_extra(item, f"{where}[{i}]")
+    elif isinstance(value, Tensor) and (value.dtype not in _DTYPES or value.layout != torch.strided):
+        raise TypeError(
+            f"{where} must be a dense tensor of a common dtype, got {value.dtype} ({value.layout}): a checkpoint that "
+            "holds it could not be loaded again"
+        )
     elif type(value) not in _PLAIN:
         raise TypeError(
             f"{where} must be a plain value (numbers, text, lists, tuples, dicts, tensors), got "

@@ -182,10 +182,12 @@ def _run(training: Any, args: argparse.Namespace) -> int:
             f"continue with: adaclip train --resume {folder}"
         ) from error
     if summary is None:
-        print(
-            f"stopped after step {training.step} of {training.total}; continue with: adaclip train --resume {folder}",
-            file=sys.stderr,
-        )
+        if training.leads:
+            print(
+                f"stopped after step {training.step} of {training.total}; continue with: adaclip train --resume "
+                f"{folder}",
+                file=sys.stderr,
+            )
         return 130
     if training.leads:
         _print_summary(summary, args.json)

@@ -41,8 +41,9 @@ def validate(model: nn.Module) -> list[str]:
       whatever `train()` sets later, and its running statistics must come from public data;
     - InstanceNorm that tracks running statistics;
     - Embedding and EmbeddingBag with ``max_norm``, ``scale_grad_by_freq`` or ``sparse``;
-    - modules that keep the batch along another dimension than 0 or work along it: RNN, LSTM, GRU and
-      MultiheadAttention without ``batch_first``, Softmax, LogSoftmax and Softmin over ``dim=0``, Flatten from
+    - RNN, LSTM, GRU and their cells, where they are trained: torch cannot run them one sample at a time;
+    - modules that keep the batch along another dimension than 0 or work along it: MultiheadAttention and frozen
+      RNN, LSTM and GRU without ``batch_first``, Softmax, LogSoftmax and Softmin over ``dim=0``, Flatten from
       ``start_dim=0``;
     - spectral norm, and other parametrizations with a state that their forward may change;
     - lazy modules whose parameters have no shape yet;
@@ -82,7 +83,9 @@ def _problems(module: nn.Module, training: bool) -> Iterator[str]:
             yield f"scales a gradient by the batch's other samples (scale_grad_by_freq): {_FIX} turns that off"
         if module.sparse:
             yield f"makes sparse gradients, and noise is dense (sparse): {_FIX} turns that off"
-    if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and not module.batch_first:
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and any(p.requires_grad for p in module.parameters()):
+        yield "has no per-sample gradients: freeze it, or write its cell with torch.nn.Linear"
+    elif isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and not module.batch_first:
         yield "keeps the batch along dimension 1: make it with batch_first=True"
     if isinstance(module, (nn.Softmax, nn.LogSoftmax, nn.Softmin)) and module.dim == 0:
         yield "normalizes over the samples of a batch (dim=0): give it the dimension of the classes"

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from adaclip.clipped_sum import ClippedSum
 from adaclip.groups import LabelGroups
+from adaclip.integrations.state import PrivacyState
 from adaclip.layers import WSConv2d
 from adaclip.models import build
 from adaclip.smoothing import SmoothedLoss
@@ -199,6 +200,17 @@ def test_a_checkpoint_takes_either_name_of_the_model(tmp_path):
     engine.load_checkpoint(tmp_path / "c.pt", module=model, optimizer=optimizer)
     with pytest.raises(ValueError, match="module and optimizer must be those"):
         engine.save_checkpoint(tmp_path / "c.pt", module=compiled(small_model()), optimizer=optimizer)
+
+
+@pytest.mark.parametrize("form", [lambda m: m, compiled, in_parts], ids=["plain", "compiled", "in parts"])
+def test_the_privacy_state_in_a_trainer_s_checkpoint_goes_on(form):
+    engine, model, optimizer, loader = private(form(small_model()), clipping="adaptive", sigma=0.5)
+    steps(model, optimizer, loader)
+    state, releases = PrivacyState(engine).state_dict(), optimizer.releases
+    engine, model, optimizer, loader = private(form(small_model()), clipping="adaptive", sigma=0.5)
+    PrivacyState(engine).load_state_dict(state)
+    assert len(engine.accountant) == optimizer.releases == releases > 0
+    assert torch.equal(optimizer.clipping.thresholds, state["parts"]["clipping"]["state"]["thresholds"])
 
 
 @pytest.mark.parametrize(

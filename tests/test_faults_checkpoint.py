@@ -1,5 +1,6 @@
 """Checkpoints that were cut, altered or made to do harm: a ValueError that says so, nothing run, nothing changed."""
 
+import copy
 import functools
 import io
 import os
@@ -12,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from limits import memory_limit
-from small_engine import flat, private, train
+from small_engine import flat, private, small_model, train
 
 from adaclip import checkpoint
 from adaclip.checkpoint_archive import check_archive
@@ -181,6 +182,7 @@ def test_the_old_formats_of_torch_are_not_read(run, place, tmp_path):
         (b"cos\nsystem\n(S'true'\ntR.", "os system"),
         (b"(S'true'\nios\nsystem\n.", "os system"),
         (b"ctorch\nload\n(S'x'\ntR.", "torch load"),
+        (b"ctorch.storage\nUntypedStorage\n(I1000000000\ntR.", "torch.storage UntypedStorage"),
         (b"ctorch\nzeros\n(I1000000000000\ntR.", "torch zeros"),
         (b"ctorch._utils\n_rebuild_sparse_tensor\n(tR.", "_rebuild_sparse_tensor"),
     ],
@@ -331,6 +333,60 @@ def test_extras_that_could_not_be_loaded_again_are_refused_when_they_are_saved(r
     }
     engine.save_checkpoint(place, module=model, optimizer=optimizer, extra=extra)
     assert equal(checkpoint.load(place)["extra"], extra)
+
+
+class Counting(torch.nn.Linear):
+    """A layer with a state of its own that is no tensor."""
+
+    def get_extra_state(self):
+        return {"calls": [1, "two"], "at": getattr(self, "at", None)}
+
+    def set_extra_state(self, state):
+        self.restored = state
+
+
+def test_extra_state_of_modules_comes_back_or_is_refused_when_it_is_saved(place):
+    model = torch.nn.Sequential(torch.nn.Flatten(), Counting(36, 3))
+    engine, model, optimizer, _ = private(model)
+    engine.save_checkpoint(place, module=model, optimizer=optimizer)
+    engine.load_checkpoint(place, module=model, optimizer=optimizer)
+    assert model[1].restored == {"calls": [1, "two"], "at": None}
+    model[1].at = print
+    with pytest.raises(TypeError, match=r"module\['1._extra_state'\]\['at'\] must be a plain value"):
+        engine.save_checkpoint(place, module=model, optimizer=optimizer)
+
+
+def test_an_option_that_could_not_be_loaded_again_is_refused_when_it_is_saved(place):
+    engine, model, optimizer, _ = private()
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1).numpy()[()]
+    with pytest.raises(TypeError, match=r"optimizer\['param_groups'\]\[0\]\['lr'\] must be .* got float32"):
+        engine.save_checkpoint(place, module=model, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("name", ["Adafactor", "ASGD", "RMSprop", "Rprop"])
+def test_what_other_optimizers_keep_comes_back(place, name):
+    model = small_model()
+    kind = getattr(torch.optim, name)
+    engine, model, optimizer, loader = private(model, optimizer=kind(model.parameters(), lr=0.01))
+    train(model, optimizer, loader)
+    kept = copy.deepcopy(optimizer.state_dict())
+    engine.save_checkpoint(place, module=model, optimizer=optimizer)
+    train(model, optimizer, loader)
+    engine.load_checkpoint(place, module=model, optimizer=optimizer)
+    assert equal(optimizer.state_dict(), kept)
+
+
+@pytest.mark.parametrize(
+    "buffer",
+    [torch.zeros(3, dtype=torch.uint16), torch.zeros(3, dtype=torch.float8_e4m3fn), torch.eye(3).to_sparse()],
+    ids=str,
+)
+def test_a_buffer_that_could_not_be_loaded_again_is_refused_when_it_is_saved(place, buffer):
+    model = small_model()
+    model.register_buffer("table", buffer)
+    engine, model, optimizer, _ = private(model)
+    with pytest.raises(TypeError, match=r"module\['table'\] must be a dense tensor of a common dtype"):
+        engine.save_checkpoint(place, module=model, optimizer=optimizer)
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,30 @@ def test_fallback_refuses_a_module_that_mixes_samples():
         private_step(Mixing(), torch.randn(4, 3), torch.randn(4, 3), square_loss, max_grad_norm=1.0)
 
 
+class SamplesSecond(nn.Module):
+    """Returns something beside its output that keeps the samples along dimension 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return self.scale * x, (self.scale * x).T
+
+
+class FirstOf(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x)[0]
+
+
+@pytest.mark.filterwarnings("ignore:adaclip has no fast")
+def test_fallback_refuses_an_output_with_the_samples_elsewhere():
+    with pytest.raises(RuntimeError, match=r"0 \(SamplesSecond\) cannot be run one sample at a time"):
+        private_step(
+            FirstOf(SamplesSecond()), torch.randn(4, 3), torch.randn(4, 3), square_loss, max_grad_norm=1.0
+        )
+
+
 @pytest.mark.parametrize(
     "frozen", [["0.weight"], ["0.bias"], ["0.weight", "0.bias"], ["1.bias"], ["2.weight"]], ids="+".join
 )

@@ -218,9 +218,11 @@ def test_an_ordinary_loader_is_refused():
         trainer(other).fit(Lit(), wrapped)
     # Two loaders of which the wrong one is trained from: its batches are not the private loader's.
     other.loader(loader())
-    with pytest.raises(RuntimeError):
-        trainer(other).fit(Lit(), loader())
+    model = Lit()
+    with pytest.raises(ValueError, match=r"private\.loader\(train_loader\)"):
+        trainer(other).fit(model, loader())
     assert other.engine.accountant.history == []
+    assert all("forward" not in m.__dict__ for m in model.modules())
 
 
 def test_two_optimizers_are_refused():

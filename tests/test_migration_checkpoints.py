@@ -62,10 +62,15 @@ def opacus_checkpoint(path, steps=3):
     return model, optimizer
 
 
-def test_a_checkpoint_of_opacus_s_goes_on(tmp_path):
+@pytest.mark.parametrize("compiled", ["no", "whole", "in parts"])
+def test_a_checkpoint_of_opacus_s_goes_on(tmp_path, compiled):
     path = tmp_path / "opacus.pt"
     theirs, their_optimizer = opacus_checkpoint(path)
     model = network()
+    if compiled == "whole":
+        model = torch.compile(model, backend="eager")
+    elif compiled == "in parts":
+        model[0] = torch.compile(model[0], backend="eager")
     engine = PrivacyEngine()
     model, optimizer, ours = engine.make_private(
         module=model,

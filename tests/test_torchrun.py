@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -100,8 +99,15 @@ def test_processes_hold_the_same_model_and_account(digits, tmp_path):
 
 def _interrupted(data, path):
     if dist.get_rank() == 1:
-        # Of one process only: all of them stop after the same step.
-        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        # To one process only: all of them stop after the same step.
+        clock = Training._clock
+
+        def signaled(training, started):
+            clock(training, started)
+            if training.step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        Training._clock = signaled
     return _trained(data, path, 2000, SETTINGS | {"eval_every": 1000})
 
 
@@ -111,7 +117,7 @@ def test_a_signal_to_one_stops_all_and_any_number_goes_on(digits, tmp_path, worl
     both = run(_interrupted, str(digits), path)
     (summary, theta, epsilon, step), other = both
     assert summary is other[0] is None
-    assert step == other[3] < 2000
+    assert step == other[3] == 3
     assert torch.equal(theta, other[1])
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["run"]["steps"] == 2000

@@ -73,9 +73,11 @@ def test_batch_norm_is_reported_in_any_mode(module, training):
         (nn.Embedding(5, 2, max_norm=1.0), ["max_norm", "adaclip.fix"]),
         (nn.Embedding(5, 2, scale_grad_by_freq=True), ["scale_grad_by_freq", "adaclip.fix"]),
         (nn.EmbeddingBag(5, 2, sparse=True), ["sparse", "adaclip.fix"]),
-        (nn.RNN(3, 3), ["batch_first=True"]),
-        (nn.LSTM(3, 3), ["batch_first=True"]),
-        (nn.GRU(3, 3), ["batch_first=True"]),
+        (nn.RNN(3, 3), ["no per-sample gradients", "torch.nn.Linear"]),
+        (nn.LSTM(3, 3, batch_first=True), ["no per-sample gradients", "torch.nn.Linear"]),
+        (nn.GRU(3, 3, batch_first=True), ["no per-sample gradients", "torch.nn.Linear"]),
+        (nn.LSTMCell(3, 3), ["no per-sample gradients", "torch.nn.Linear"]),
+        (nn.Sequential(nn.GRU(3, 3).requires_grad_(False), nn.Linear(3, 3)), ["batch_first=True"]),
         (nn.MultiheadAttention(4, 2), ["batch_first=True"]),
         (nn.TransformerEncoderLayer(4, 2, 8), ["self_attn", "batch_first=True"]),
         (nn.Sequential(nn.Linear(2, 2), nn.Softmax(dim=0)), ["dim=0"]),
@@ -96,7 +98,7 @@ def test_each_problem_is_one_sentence(module, words):
 @pytest.mark.parametrize(
     "module",
     [
-        nn.LSTM(3, 3, batch_first=True),
+        nn.Sequential(nn.LSTM(3, 3, batch_first=True).requires_grad_(False), nn.Linear(3, 3)),
         nn.MultiheadAttention(4, 2, batch_first=True),
         nn.InstanceNorm2d(4, affine=True),
         nn.Embedding(5, 2, padding_idx=0),

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
 from adaclip.engine import PrivacyEngine
@@ -14,6 +15,8 @@ from adaclip.integrations.state import PrivacyState
 from adaclip.sampler import PoissonLoader
 
 __all__ = ["PrivateTraining"]
+
+_THROUGH = "the train loader must come through the callback: trainer.fit(model, private.loader(train_loader))"
 
 
 class PrivateTraining(pl.Callback):
@@ -83,6 +86,11 @@ class PrivateTraining(pl.Callback):
             PrivacyState(self.engine).load_state_dict(self._saved)
         self._saved = None
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # A trainer may be given several loaders, as a list or a dict.
+        if not any(each is self._loader for each in pytree.tree_leaves(trainer.train_dataloader)):
+            raise ValueError(_THROUGH)
+
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         self._loader.private.take_up()
 
@@ -123,9 +131,7 @@ class PrivateTraining(pl.Callback):
 
     def _check(self, trainer: pl.Trainer) -> None:
         if self._loader is None:
-            raise ValueError(
-                "the train loader must come through the callback: trainer.fit(model, private.loader(train_loader))"
-            )
+            raise ValueError(_THROUGH)
         if trainer.ckpt_path is not None and not self._saved:
             raise ValueError(
                 f"{trainer.ckpt_path} was saved without this callback, so what its parameters have cost is unknown. To "

@@ -6,6 +6,7 @@ from typing import Any
 
 from adaclip import checkpoint
 from adaclip.engine import PrivacyEngine
+from adaclip.layers import plain_names
 
 __all__ = ["PrivacyState"]
 
@@ -41,7 +42,8 @@ class PrivacyState:
             raise ValueError(
                 f"the privacy state must have version {checkpoint.VERSION}, got {state.get('version')!r}"
             )
-        whole = {**state, "module": module.state_dict(), "optimizer": optimizer.state_dict(), "extra": {}}
+        own = {"module": plain_names(module.state_dict()), "optimizer": optimizer.state_dict(), "extra": {}}
+        whole = {**state, **own}
         ledger, budget = checkpoint.check(whole, module, optimizer, loader, engine.accountant, engine._budget)
         optimizer._sum.reset()
         checkpoint.restore(whole, module, optimizer, loader)

@@ -190,7 +190,8 @@ class FallbackLayer(Layer):
         try:
             with torch.enable_grad(), call.autocast():
                 found, made = per_sample(learned, call.leaves, grads)
-        except RuntimeError as error:
+        # ValueError: an output has another first dimension than the batch.
+        except (RuntimeError, ValueError) as error:
             raise RuntimeError(
                 f"{self.name or 'the model'} ({type(self.module).__name__}) cannot be run one sample at a "
                 "time, so its per-sample gradients are unknown. Where it is random (dropout, stochastic depth), "

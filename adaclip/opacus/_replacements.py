@@ -13,8 +13,8 @@ _NO_WRAPPER = (
 _FUSED = "clipping happens at the end of backward(), and step() adds noise and updates in one pass"
 _GIVE_LOADER = "give the ordinary DataLoader to make_private, which samples it itself (adaclip.PoissonLoader)"
 _PLAIN_RNN = (
-    "recurrent layers have no per-sample gradients here: compute them yourself and release them with "
-    "adaclip.functional.clip_and_noise, or stay with Opacus for such models"
+    "recurrent layers have no per-sample gradients here: write the cell with torch.nn.Linear (a layer used many "
+    "times is one sample's), or stay with Opacus for such models"
 )
 _ATTENTION = "torch.nn.MultiheadAttention(batch_first=True) is trained privately as it is"
 _SPLIT = "use BatchMemoryManager, or make_private(max_batch_size=…)"

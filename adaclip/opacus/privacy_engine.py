@@ -14,6 +14,7 @@ from adaclip import arguments, checkpoint
 from adaclip.batches import LoaderBase
 from adaclip.clipping import Clipping
 from adaclip.engine import PrivacyEngine as Engine
+from adaclip.layers import renamed
 from adaclip.opacus._arguments import MODES, SEARCH, strategy_of, with_reduction
 from adaclip.opacus._loader import make_loader, original_of
 from adaclip.opacus._replacements import raise_attribute_error
@@ -323,7 +324,7 @@ class PrivacyEngine:
     def _continue(
         self, state: dict[str, Any], module, optimizer, noise_scheduler, grad_clip_scheduler
     ) -> dict:
-        self.engine._check_attached(module, optimizer)
+        module = self.engine._check_attached(module, optimizer).model
         if self.engine._budget is not None and self.engine._budget.plan is not None:
             raise RuntimeError(
                 "a checkpoint of Opacus's must be loaded after make_private, and be followed by "
@@ -342,7 +343,7 @@ class PrivacyEngine:
         optimizer._sum.reset()
         if state.get("optimizer_state_dict"):
             optimizer.load_state_dict(state.pop("optimizer_state_dict"))
-        module.load_state_dict(weights)
+        module.load_state_dict(renamed(weights, module.state_dict()))
         for scheduler, name in (
             (noise_scheduler, "noise_scheduler"),
             (grad_clip_scheduler, "grad_clip_scheduler"),
