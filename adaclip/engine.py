@@ -141,7 +141,9 @@ class PrivacyEngine:
               all of torch.distributed's where it is initialized. The model may be wrapped by
               DistributedDataParallel, sharded by FSDP2's `fully_shard` before the optimizer is made, or neither: then
               all start from the first process's parameters. The loader's batch_size is that of all processes
-              together, or, with a DistributedSampler, of each.
+              together, or, with a DistributedSampler, of each. Its data set must be the whole one, in the same order,
+              in every process: each takes its part of one Poisson sample. (Only the size is compared. Of parts cut by
+              hand who takes what would depend on an example's presence elsewhere: no amplification by sampling.)
 
         Raises:
             ValueError, TypeError: an argument is wrong. UnsupportedModuleError: the model cannot be
