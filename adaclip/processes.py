@@ -179,8 +179,13 @@ class Processes:
         if self.size == 1:
             return
         for tensor in [*module.parameters(), *module.buffers()]:
-            # A detached tensor shares the memory and the version counter.
-            dist.broadcast(tensor.detach(), group=self._group, group_src=0)
+            # A broadcast writes as many numbers in a row as there are elements, whatever the strides. Of an expanded
+            # tensor each is there once.
+            kept = tensor.detach()[tuple(slice(1 if s == 0 else None) for s in tensor.stride())]
+            sent = kept.contiguous()
+            dist.broadcast(sent, group=self._group, group_src=0)
+            if sent is not kept:
+                kept.copy_(sent)
 
     # --- sums --------------------------------------------------------------------------------------
 
