@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import sys
 from collections.abc import Callable
 
@@ -283,13 +284,18 @@ class DPOptimizer(torch.optim.Optimizer):
 
     def _check_together(self, info: BatchInfo | None) -> None:
         """Raise unless this process, and every other, has the sum of the same logical batch to release."""
-        numbers = [self.releases, -1 if info is None else info.step, 0]
+        numbers = {"the release's number": self.releases, "the batch": -1 if info is None else info.step}
         with self._processes.together("step()", numbers):
             self.check_release(info)
             self._sum.check_intact()
             self._sum.check_rows()
             self._sum.begin()
-            numbers[2] = self._sum.clipping.agreed()
+            if self._processes.size > 1:
+                # All make the same noise. With one deviation here and another there, who sees both results sees their
+                # difference, and the noise, and then the sum.
+                numbers["noise_multiplier"] = struct.unpack("<q", struct.pack("<d", abs(self._noise)))[0]
+                numbers["the clipping norms"] = self._sum.clipping.agreed()
+                numbers["the trained parameters and their groups"] = self._sum.agreed()
 
     def check_release(self, info: BatchInfo | None) -> None:
         """Take the noise of the release that is next; RuntimeError if it would be of a batch released before."""

@@ -1,0 +1,160 @@
+"""Several processes go on only while everything that decides a release is the same in all of them."""
+
+import pytest
+import torch
+from shared_training import made, numbers
+from torch import distributed as dist
+from torch import nn
+from two_processes import run
+
+from adaclip.clipping import AdaptiveClipping
+from adaclip.processes import Processes
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def _step(module, optimizer, loader):
+    x, y = next(iter(loader))
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(module(x), y).backward()
+    optimizer.step()
+
+
+def _weight(module):
+    return dict(module.named_parameters())["second.weight"]
+
+
+CHANGES = {
+    "noise_multiplier": lambda module, optimizer: setattr(optimizer, "noise_multiplier", 2.0),
+    "the clipping norms": lambda module, optimizer: optimizer.clipping.thresholds.mul_(2),
+    "the trained parameters and their groups": lambda module, optimizer: _weight(module).requires_grad_(
+        False
+    ),
+}
+
+
+def _changed(kind):
+    """What each change in one process only leads to: (message, whether anything was released)."""
+    found = {}
+    for name, change in CHANGES.items():
+        engine, module, optimizer, loader = made(kind, clipping=AdaptiveClipping(sigma_b=4.0))
+        _step(module, optimizer, loader)
+        before = numbers(module.parameters())
+        if dist.get_rank() == 1:
+            change(module, optimizer)
+        try:
+            _step(module, optimizer, loader)
+        except RuntimeError as error:
+            done = optimizer.releases, engine.accountant.ledger.steps
+            found[name] = str(error), done, torch.equal(before, numbers(module.parameters()))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["plain", "fsdp2"])
+def test_a_change_in_one_process_releases_nothing(kind):
+    # Of two results with one noise and two deviations the difference would give the noise away.
+    for found in run(_changed, kind):
+        assert found.keys() == CHANGES.keys()
+        for name, (message, done, same) in found.items():
+            assert f"the processes are not at the same point ({name} must be the same in all)" in message
+            assert done == (1, 1)
+            assert same
+
+
+def _grouped(border):
+    def make(params):
+        k = border + dist.get_rank()
+        groups = [{"params": params[:k], "max_grad_norm": 0.1}, {"params": params[k:], "max_grad_norm": 10.0}]
+        return torch.optim.SGD(groups, lr=0.1)
+
+    return make
+
+
+def _reversed(params):
+    return torch.optim.SGD(params[::-1] if dist.get_rank() else params, lr=0.1)
+
+
+def _other_optimizers():
+    found = []
+    for make in (_grouped(3), _reversed):
+        try:
+            made("plain", optimizer=make)
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def test_parameters_in_another_order_or_group_are_refused():
+    for messages in run(_other_optimizers):
+        assert len(messages) == 2
+        for message in messages:
+            assert message.startswith(
+                "make_private: optimizer.param_groups must be the same in all processes"
+            )
+
+
+def _moved_between_groups():
+    _, module, optimizer, loader = made("plain", optimizer=_grouped_alike)
+    _step(module, optimizer, loader)
+    if dist.get_rank() == 1:
+        small, large = (group["params"] for group in optimizer.param_groups)
+        large.insert(0, small.pop())
+    try:
+        _step(module, optimizer, loader)
+    except RuntimeError as error:
+        return str(error), optimizer.releases
+    return "", optimizer.releases
+
+
+def _grouped_alike(params):
+    groups = [{"params": params[:3], "max_grad_norm": 0.1}, {"params": params[3:], "max_grad_norm": 10.0}]
+    return torch.optim.SGD(groups, lr=0.1)
+
+
+def test_a_parameter_in_another_group_is_noticed():
+    for message, releases in run(_moved_between_groups):
+        assert "(the trained parameters and their groups must be the same in all)" in message
+        assert releases == 1
+
+
+def _at_different_points():
+    processes = Processes()
+    try:
+        if dist.get_rank() == 0:
+            processes.agree("backward()", None, {"gradients": 3})
+        else:
+            processes.agree("step()", None, {"release": 3, "batch": 4})
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_different_agreements_that_meet_are_told_apart():
+    for message in run(_at_different_points):
+        assert "the processes are not at the same point (what they do must be the same in all)" in message
+
+
+def _started():
+    """What each tensor of a model is after `start_alike`, and the memory between and behind its elements."""
+    rank = dist.get_rank()
+    model = nn.Module()
+    image = torch.arange(48.0).view(2, 3, 2, 4) + 100 * rank
+    # Another layout in each process.
+    model.weight = nn.Parameter(image if rank else image.to(memory_format=torch.channels_last))
+    memory = torch.arange(8) + 100 * rank
+    model.register_buffer("every_other", memory[::2])
+    few = torch.arange(4.0) + 100 * rank
+    model.register_buffer("expanded", few[:1].expand(4))
+    model.register_buffer("scalar", torch.tensor(rank))
+    model.register_buffer("flags", torch.tensor([True, False]) ^ bool(rank))
+    Processes().start_alike(model)
+    values = [t.detach().tolist() for t in (*model.parameters(), *model.buffers())]
+    return values, memory[1::2].tolist(), few[1:].tolist()
+
+
+def test_all_start_from_the_first_ones_tensors_whatever_their_strides():
+    (first, *_), (second, between, behind) = run(_started)
+    assert first == second
+    assert first[0][0][0][0][:2] == [0.0, 1.0]
+    assert between == [101, 103, 105, 107]
+    assert behind == [101.0, 102.0, 103.0]
