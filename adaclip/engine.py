@@ -227,6 +227,8 @@ class PrivacyEngine:
                 processes=processes,
             )
         processes.agree_on("make_private", arguments.common(model, private, loader, accountant))
+        # One run, whose checkpoints the first one writes: loaded back, they count alike in all.
+        self._lineage.run = processes.told("make_private", self._lineage.run)
         if not sharded:
             processes.start_alike(model)
         clipped_sum.reset()
