@@ -93,6 +93,8 @@ class DPOptimizer(torch.optim.Optimizer):
         # The clipping group of each trained parameter, on the thresholds' device.
         self._group_index: tuple[list[int], Tensor] = [], torch.empty(0, dtype=torch.int64)
         self._released: int | None = None
+        # How many releases have come to their end here, or were loaded.
+        self._completed = 0
         self._optimizer_step_pre_hooks = optimizer._optimizer_step_pre_hooks
         self._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks
 
@@ -133,7 +135,7 @@ class DPOptimizer(torch.optim.Optimizer):
     def releases(self, number: int) -> None:
         if number < self._sum.release:
             raise ValueError(f"releases must not go back from {self._sum.release}, got {number}")
-        self._sum.release = number
+        self._sum.release = self._completed = number
 
     @property
     def noise_multiplier(self) -> float:
@@ -279,6 +281,7 @@ class DPOptimizer(torch.optim.Optimizer):
         if self._point is not None:
             self._point.observe(stds)
         self._sum.statistics.release(self._source, step)
+        self._completed = self.releases
         self._sum.reset()
         return loss
 
@@ -286,6 +289,11 @@ class DPOptimizer(torch.optim.Optimizer):
         """Raise unless this process, and every other, has the sum of the same logical batch to release."""
         numbers = {"the release's number": self.releases, "the batch": -1 if info is None else info.step}
         with self._processes.together("step()", numbers):
+            if self._processes.size > 1 and self._completed != self.releases:
+                raise RuntimeError(
+                    "an earlier step failed here after it was booked, so parameters or thresholds are no longer those "
+                    "of the other processes: load the last checkpoint in all of them"
+                )
             self.check_release(info)
             self._sum.check_intact()
             self._sum.check_rows()
@@ -316,7 +324,7 @@ class DPOptimizer(torch.optim.Optimizer):
         if info is not None:
             self._released = info.step
         step = self.releases
-        self.releases += 1
+        self._sum.release += 1
         self.used_thresholds = self._sum.clipping.thresholds.clone()
         params = self.trained()
         return step, params, self._stds(params)

@@ -158,3 +158,50 @@ def test_all_start_from_the_first_ones_tensors_whatever_their_strides():
     assert first[0][0][0][0][:2] == [0.0, 1.0]
     assert between == [101, 103, 105, 107]
     assert behind == [101.0, 102.0, 103.0]
+
+
+def _failing_update(path):
+    """Messages of the steps after one that failed in the second process, in the middle of its update."""
+    engine, module, optimizer, loader = made(
+        "ddp", noise_generator=None, clipping=AdaptiveClipping(sigma_b=4.0)
+    )
+    _step(module, optimizer, loader)
+    engine.save_checkpoint(path, module=module, optimizer=optimizer)
+    messages = []
+    for t in range(3):
+        with pytest.MonkeyPatch.context() as patch:
+            if t == 0 and dist.get_rank() == 1:
+                patch.setattr("adaclip.optimizer.noisy_update", _no_memory)
+            try:
+                _step(module, optimizer, loader)
+            except (RuntimeError, MemoryError) as error:
+                messages.append(str(error))
+            else:
+                messages.append("")
+    engine.load_checkpoint(path, module=module, optimizer=optimizer)
+    _step(module, optimizer, loader)
+    return (
+        messages,
+        engine.accountant.ledger.steps,
+        numbers(module.parameters()),
+        optimizer.clipping.thresholds,
+    )
+
+
+def _no_memory(*_, **__):
+    raise MemoryError("no memory")
+
+
+def test_nobody_goes_on_after_an_update_that_one_has_not_made(tmp_path):
+    (first, steps, theta, thresholds), (second, others, same, also) = run(
+        _failing_update, str(tmp_path / "checkpoint.pt")
+    )
+    assert first[0] == ""
+    assert second[0] == "no memory"
+    for mine, theirs in zip(first[1:], second[1:], strict=True):
+        assert mine == "step(): another process could not, and says why; none of them has done it"
+        assert theirs.startswith("an earlier step failed here after it was booked")
+    # The one step that failed is on the account, the refused ones are not.
+    assert steps == others == 3
+    assert torch.equal(theta, same)
+    assert torch.equal(thresholds, also)
