@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -225,6 +226,7 @@ class PrivacyEngine:
                 point=point,
                 backend=backend,
                 processes=processes,
+                account=self._account,
             )
         processes.agree_on("make_private", arguments.common(model, private, loader, accountant))
         # One run, whose checkpoints the first one writes: loaded back, they count alike in all.
@@ -378,6 +380,11 @@ class PrivacyEngine:
                 )
             return None
         return SubsampledGaussian(loader.sample_rate, sigma, "shuffled")
+
+    def _account(self) -> int:
+        """What stands for what is spent and the budget: the same in all processes that train together."""
+        budget = None if self._budget is None else self._budget.state_dict()
+        return zlib.crc32(repr((budget, self.accountant.ledger.steps)).encode())
 
     def _book(self, optimizer: DPOptimizer, info: BatchInfo | None) -> None:
         """Book one release, or raise PrivacyBudgetExceeded with nothing booked."""

@@ -68,12 +68,14 @@ class DPOptimizer(torch.optim.Optimizer):
         point: EvaluationPoint | None = None,
         backend: str = "auto",
         processes: Processes | None = None,
+        account: Callable[[], int] = int,
     ):
         # Not super().__init__(): the groups and the state are the wrapped optimizer's, not new ones.
         self.original_optimizer = optimizer
         self._sum = clipped_sum
         self._source = source
         self._book = book
+        self._account = account
         self._batch = batch
         self._point = point
         self._backend = backend
@@ -304,6 +306,8 @@ class DPOptimizer(torch.optim.Optimizer):
                 numbers["noise_multiplier"] = struct.unpack("<q", struct.pack("<d", abs(self._noise)))[0]
                 numbers["the clipping norms"] = self._sum.clipping.agreed()
                 numbers["the trained parameters and their groups"] = self._sum.agreed()
+                # All are refused by the budget, or none is.
+                numbers["the account and its budget"] = self._account()
 
     def check_release(self, info: BatchInfo | None) -> None:
         """Take the noise of the release that is next; RuntimeError if it would be of a batch released before."""

@@ -20,17 +20,16 @@ def _step(module, optimizer, loader):
     optimizer.step()
 
 
-def _weight(module):
-    return dict(module.named_parameters())["second.weight"]
-
-
 CHANGES = {
-    "noise_multiplier": lambda module, optimizer: setattr(optimizer, "noise_multiplier", 2.0),
-    "the clipping norms": lambda module, optimizer: optimizer.clipping.thresholds.mul_(2),
-    "the trained parameters and their groups": lambda module, optimizer: _weight(module).requires_grad_(
-        False
-    ),
+    "noise_multiplier": lambda engine, module, optimizer: setattr(optimizer, "noise_multiplier", 2.0),
+    "the clipping norms": lambda engine, module, optimizer: optimizer.clipping.thresholds.mul_(2),
+    "the trained parameters and their groups": lambda engine, module, optimizer: freeze(module),
+    "the account and its budget": lambda engine, module, optimizer: engine.set_budget(0.01, 1e-5),
 }
+
+
+def freeze(module):
+    next(p for name, p in module.named_parameters() if name.endswith("second.weight")).requires_grad_(False)
 
 
 def _changed(kind):
@@ -41,7 +40,7 @@ def _changed(kind):
         _step(module, optimizer, loader)
         before = numbers(module.parameters())
         if dist.get_rank() == 1:
-            change(module, optimizer)
+            change(engine, module, optimizer)
         try:
             _step(module, optimizer, loader)
         except RuntimeError as error:
