@@ -359,6 +359,15 @@ class ClippedSum:
                 "a captured backward needs thresholds that were set outside of it: call open() first"
             )
         self.begin()
+        if self._sharded is not None:
+            # Weights are fetched and gradients added up as they are made: all processes make the same ones, in one order.
+            uses = [(layer.name, len(layer.slot.uses)) for layer in used]
+            numbers = {
+                "the layers used": zlib.crc32(repr(uses).encode()),
+                "whether there are rows": int(rows > 0),
+                "the trained parameters and their groups": self.agreed(),
+            }
+            self._processes.agree("backward()", None, numbers)
         if rows == 0:
             self.sample_norms = self.statistics.sums.new_zeros(0)
             return
@@ -402,14 +411,7 @@ class ClippedSum:
             # The largest tensors are released first: the weight gradients take their place.
             parts.sort(key=lambda kp: kp[1].held)
         else:
-            # Gradients are added up as they are made, and all processes must make the same ones in one order.
             parts.reverse()
-            numbers = {
-                "the layers used": zlib.crc32(repr([layer.name for layer in used]).encode()),
-                "how many gradients there are": len(parts),
-                "the trained parameters and their groups": self.agreed(),
-            }
-            self._processes.agree("backward()", None, numbers)
         while parts:
             k, part = parts.pop()
             for p, grad in part.weigh(factors[k]):

@@ -116,6 +116,24 @@ def test_a_parameter_in_another_group_is_noticed():
         assert releases == 1
 
 
+def _rows_differ():
+    """What one process's batch without rows leads to where gradients are added up as they are made."""
+    _, module, _, loader = made("fsdp2", sigma=0.0)
+    x, y = next(iter(loader))
+    if dist.get_rank() == 1:
+        x, y = x[:0], y[:0]
+    try:
+        nn.functional.cross_entropy(module(x), y).backward()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_a_backward_without_rows_in_one_process_ends_all():
+    for message in run(_rows_differ, timeout=20):
+        assert "backward(): the processes are not at the same point (whether there are rows" in message
+
+
 def _at_different_points():
     processes = Processes()
     try:
