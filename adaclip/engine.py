@@ -383,8 +383,9 @@ class PrivacyEngine:
 
     def _account(self) -> int:
         """What stands for what is spent and the budget: the same in all processes that train together."""
-        budget = None if self._budget is None else self._budget.state_dict()
-        return zlib.crc32(repr((budget, self.accountant.ledger.steps)).encode())
+        budget, ledger = self._budget, self.accountant.ledger
+        rule = None if budget is None else (budget.epsilon, budget.delta, budget.plan is None)
+        return zlib.crc32(repr((rule, ledger.steps, len(ledger))).encode())
 
     def _book(self, optimizer: DPOptimizer, info: BatchInfo | None) -> None:
         """Book one release, or raise PrivacyBudgetExceeded with nothing booked."""
