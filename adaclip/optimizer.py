@@ -247,8 +247,9 @@ class DPOptimizer(torch.optim.Optimizer):
         Raises PrivacyBudgetExceeded (nothing changed, nothing spent) when the step would pass the
         budget, and RuntimeError when `p.grad` is not the clipped sum or the batch was released before.
 
-        Of several processes each makes the step, of the same logical batch, or none does: RuntimeError in all where
-        one cannot. One that is lost after that leaves a release booked that was not made.
+        Of several processes each makes the step, of the same logical batch and with the same settings, or none does:
+        RuntimeError in all where one cannot. One that fails or is lost after that leaves a release booked that was not
+        made everywhere; the others' next step then says so, until all load a checkpoint.
         """
         # Before the closure, which would make a gradient. It leaves them on us where step() raises.
         if self.__dict__.keys() & {"grad_scale", "found_inf"}:
@@ -269,7 +270,9 @@ class DPOptimizer(torch.optim.Optimizer):
         self._sum.begin()
         if self._point is not None:
             self._point.leave()
-        step, params, stds = self.begin_release(info)
+        # Nobody releases what somebody has not booked.
+        with self._processes.together("step(), after booking it"):
+            step, params, stds = self.begin_release(info)
         self._sum.combine()
         noisy_update(
             self.original_optimizer,

@@ -60,6 +60,34 @@ def test_a_change_in_one_process_releases_nothing(kind):
             assert same
 
 
+def _unbooked(kind):
+    """(messages of two steps, releases on the account, whether parameters moved) where one process fails to book."""
+    engine, module, optimizer, loader = made(kind)
+    _step(module, optimizer, loader)
+    before, messages = numbers(module.parameters()), []
+    for t in range(2):
+        with pytest.MonkeyPatch.context() as patch:
+            if t == 0 and dist.get_rank() == 0:
+                patch.setattr(optimizer, "_book", _no_memory)
+            try:
+                _step(module, optimizer, loader)
+            except (RuntimeError, MemoryError) as error:
+                messages.append(str(error))
+    return messages, engine.accountant.ledger.steps, torch.equal(before, numbers(module.parameters()))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_nobody_releases_what_one_has_not_booked(kind):
+    # The first one's ledger is what is written.
+    (first, steps, same), (second, others, also) = run(_unbooked, kind, timeout=20)
+    assert first == ["no memory", "step(): another process could not, and says why; none of them has done it"]
+    assert second[0].startswith("step(), after booking it: another process could not")
+    assert second[1].startswith("an earlier step failed here after it was booked")
+    assert (steps, others) == (1, 2)
+    assert same
+    assert also
+
+
 def _grouped(border):
     def make(params):
         k = border + dist.get_rank()
