@@ -264,10 +264,6 @@ class DPOptimizer(torch.optim.Optimizer):
         if info is not None and not info.last:
             return loss
         self._check_together(info)
-        if info is not None and not self._sum.holds(info.step):
-            # No backward for this batch (the loop skipped it): the step is noise alone.
-            self._sum.reset()
-        self._sum.begin()
         if self._point is not None:
             self._point.leave()
         # Nobody releases what somebody has not booked.
@@ -302,6 +298,9 @@ class DPOptimizer(torch.optim.Optimizer):
             self.check_release(info)
             self._sum.check_intact()
             self._sum.check_rows()
+            if info is not None and not self._sum.holds(info.step):
+                # No backward for this batch (the loop skipped it): the step is noise alone, of the norms there are now.
+                self._sum.reset()
             self._sum.begin()
             if self._processes.size > 1:
                 # All make the same noise. With one deviation here and another there, who sees both results sees their

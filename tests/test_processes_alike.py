@@ -138,6 +138,27 @@ def _grouped_alike(params):
     return torch.optim.SGD(groups, lr=0.1)
 
 
+def _skipped():
+    """A norm that one process changes after a batch that both left, before one that both skip."""
+    _, module, optimizer, loader = made("plain", optimizer=_grouped_alike)
+    x, y = next(iter(loader))
+    nn.functional.cross_entropy(module(x), y).backward()
+    if dist.get_rank() == 1:
+        optimizer.param_groups[0]["max_grad_norm"] = 0.2
+    next(iter(loader))
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error), optimizer.releases
+    return "", optimizer.releases
+
+
+def test_a_norm_that_is_read_for_a_skipped_batch_is_compared():
+    for message, releases in run(_skipped):
+        assert "(the clipping norms must be the same in all)" in message
+        assert releases == 0
+
+
 def test_a_parameter_in_another_group_is_noticed():
     for message, releases in run(_moved_between_groups):
         assert "(the trained parameters and their groups must be the same in all)" in message
