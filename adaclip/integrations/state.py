@@ -41,7 +41,7 @@ class PrivacyState:
             raise ValueError(
                 f"the privacy state must have version {checkpoint.VERSION}, got {state.get('version')!r}"
             )
-        whole = {**state, "module": module.state_dict(), "optimizer": optimizer.state_dict()}
+        whole = {**state, "module": module.state_dict(), "optimizer": optimizer.state_dict(), "extra": {}}
         ledger, budget = checkpoint.check(whole, module, optimizer, loader, engine.accountant, engine._budget)
         optimizer._sum.reset()
         checkpoint.restore(whole, module, optimizer, loader)
