@@ -201,12 +201,15 @@ def common(
 ) -> dict[str, Any]:
     """What must be the same in every process of a run: plain values by name."""
     trained = set(optimizer.trained())
+    names = {p: name for name, p in module.named_parameters()}
     parts = {"clipping": optimizer.clipping, "groups": optimizer.groups, "smoothing": optimizer.smoothing}
     return {
         "module": [
             (name, tuple(p.shape), str(p.dtype), p in trained) for name, p in module.named_parameters()
         ],
         "optimizer": type(optimizer.original_optimizer).__name__,
+        # Their order addresses the noise, and sums are added up in it.
+        "optimizer.param_groups": [[names[p] for p in group["params"]] for group in optimizer.param_groups],
         "noise_multiplier": optimizer.base_noise_multiplier,
         "noise_schedule": None if optimizer.noise_schedule is None else optimizer.noise_schedule.state_dict(),
         "size of the data set": loader.dataset_size,

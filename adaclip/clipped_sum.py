@@ -9,6 +9,7 @@ is about noticing when that is not so, before anything is released.
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -102,6 +103,9 @@ class ClippedSum:
         )
         # An optimizer's own hyper-parameter may have that name.
         self._param_groups = param_groups
+        self._numbers = {
+            p: i for i, p in enumerate(dict.fromkeys(p for lay in layers for p in lay.parameters()))
+        }
         self._with_norms = any(NORM_KEY in group for group in param_groups())
         groups_of_clipping = clipping.bind(setting)
         self._group_of: dict[nn.Parameter, int] = {}
@@ -194,6 +198,11 @@ class ClippedSum:
         """The clipping group of a trained parameter; of layers, a new one (unfrozen later) joins group 0."""
         group = self.clipping.group_of(parameter)
         return self._group_of.get(parameter, 0) if group is None else group
+
+    def agreed(self) -> int:
+        """What stands for the trained parameters, their order and their clipping groups: the same in all processes."""
+        trained = [(self._numbers.get(p, -1), *p.shape, self.group_of(p)) for p in self._parameters()]
+        return zlib.crc32(repr(trained).encode())
 
     def check_intact(self) -> None:
         """Raise RuntimeError unless every `p.grad` is exactly what `finish` left there."""
@@ -350,6 +359,15 @@ class ClippedSum:
                 "a captured backward needs thresholds that were set outside of it: call open() first"
             )
         self.begin()
+        if self._sharded is not None:
+            # Weights are fetched and gradients added up as they are made: all processes make the same ones, in one order.
+            uses = [(layer.name, len(layer.slot.uses)) for layer in used]
+            numbers = {
+                "the layers used": zlib.crc32(repr(uses).encode()),
+                "whether there are rows": int(rows > 0),
+                "the trained parameters and their groups": self.agreed(),
+            }
+            self._processes.agree("backward()", None, numbers)
         if rows == 0:
             self.sample_norms = self.statistics.sums.new_zeros(0)
             return
@@ -393,9 +411,7 @@ class ClippedSum:
             # The largest tensors are released first: the weight gradients take their place.
             parts.sort(key=lambda kp: kp[1].held)
         else:
-            # Gradients are added up as they are made, and all processes must make the same ones in one order.
             parts.reverse()
-            self._processes.agree("backward()", None, [len(parts)])
         while parts:
             k, part = parts.pop()
             for p, grad in part.weigh(factors[k]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -143,7 +144,9 @@ class PrivacyEngine:
               all of torch.distributed's where it is initialized. The model may be wrapped by
               DistributedDataParallel, sharded by FSDP2's `fully_shard` before the optimizer is made, or neither: then
               all start from the first process's parameters. The loader's batch_size is that of all processes
-              together, or, with a DistributedSampler, of each.
+              together, or, with a DistributedSampler, of each. Its data set must be the whole one, in the same order,
+              in every process: each takes its part of one Poisson sample. (Only the size is compared. Of parts cut by
+              hand who takes what would depend on an example's presence elsewhere: no amplification by sampling.)
 
         Raises:
             ValueError, TypeError: an argument is wrong. UnsupportedModuleError: the model cannot be
@@ -225,8 +228,11 @@ class PrivacyEngine:
                 point=point,
                 backend=backend,
                 processes=processes,
+                account=self._account,
             )
         processes.agree_on("make_private", arguments.common(model, private, loader, accountant))
+        # One run, whose checkpoints the first one writes: loaded back, they count alike in all.
+        self._lineage.run = processes.told("make_private", self._lineage.run)
         if not sharded:
             processes.start_alike(model)
         clipped_sum.reset()
@@ -376,6 +382,12 @@ class PrivacyEngine:
                 )
             return None
         return SubsampledGaussian(loader.sample_rate, sigma, "shuffled")
+
+    def _account(self) -> int:
+        """What stands for what is spent and the budget: the same in all processes that train together."""
+        budget, ledger = self._budget, self.accountant.ledger
+        rule = None if budget is None else (budget.epsilon, budget.delta, budget.plan is None)
+        return zlib.crc32(repr((rule, ledger.steps, len(ledger))).encode())
 
     def _book(self, optimizer: DPOptimizer, info: BatchInfo | None) -> None:
         """Book one release, or raise PrivacyBudgetExceeded with nothing booked."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import sys
 from collections.abc import Callable
 
@@ -67,12 +68,14 @@ class DPOptimizer(torch.optim.Optimizer):
         point: EvaluationPoint | None = None,
         backend: str = "auto",
         processes: Processes | None = None,
+        account: Callable[[], int] = int,
     ):
         # Not super().__init__(): the groups and the state are the wrapped optimizer's, not new ones.
         self.original_optimizer = optimizer
         self._sum = clipped_sum
         self._source = source
         self._book = book
+        self._account = account
         self._batch = batch
         self._point = point
         self._backend = backend
@@ -92,6 +95,8 @@ class DPOptimizer(torch.optim.Optimizer):
         # The clipping group of each trained parameter, on the thresholds' device.
         self._group_index: tuple[list[int], Tensor] = [], torch.empty(0, dtype=torch.int64)
         self._released: int | None = None
+        # How many releases have come to their end here, or were loaded.
+        self._completed = 0
         self._optimizer_step_pre_hooks = optimizer._optimizer_step_pre_hooks
         self._optimizer_step_post_hooks = optimizer._optimizer_step_post_hooks
 
@@ -132,7 +137,7 @@ class DPOptimizer(torch.optim.Optimizer):
     def releases(self, number: int) -> None:
         if number < self._sum.release:
             raise ValueError(f"releases must not go back from {self._sum.release}, got {number}")
-        self._sum.release = number
+        self._sum.release = self._completed = number
 
     @property
     def noise_multiplier(self) -> float:
@@ -242,8 +247,9 @@ class DPOptimizer(torch.optim.Optimizer):
         Raises PrivacyBudgetExceeded (nothing changed, nothing spent) when the step would pass the
         budget, and RuntimeError when `p.grad` is not the clipped sum or the batch was released before.
 
-        Of several processes each makes the step, of the same logical batch, or none does: RuntimeError in all where
-        one cannot. One that is lost after that leaves a release booked that was not made.
+        Of several processes each makes the step, of the same logical batch and with the same settings, or none does:
+        RuntimeError in all where one cannot. One that fails or is lost after that leaves a release booked that was not
+        made everywhere; the others' next step then says so, until all load a checkpoint.
         """
         # Before the closure, which would make a gradient. It leaves them on us where step() raises.
         if self.__dict__.keys() & {"grad_scale", "found_inf"}:
@@ -258,13 +264,11 @@ class DPOptimizer(torch.optim.Optimizer):
         if info is not None and not info.last:
             return loss
         self._check_together(info)
-        if info is not None and not self._sum.holds(info.step):
-            # No backward for this batch (the loop skipped it): the step is noise alone.
-            self._sum.reset()
-        self._sum.begin()
         if self._point is not None:
             self._point.leave()
-        step, params, stds = self.begin_release(info)
+        # Nobody releases what somebody has not booked.
+        with self._processes.together("step(), after booking it"):
+            step, params, stds = self.begin_release(info)
         self._sum.combine()
         noisy_update(
             self.original_optimizer,
@@ -278,18 +282,34 @@ class DPOptimizer(torch.optim.Optimizer):
         if self._point is not None:
             self._point.observe(stds)
         self._sum.statistics.release(self._source, step)
+        self._completed = self.releases
         self._sum.reset()
         return loss
 
     def _check_together(self, info: BatchInfo | None) -> None:
         """Raise unless this process, and every other, has the sum of the same logical batch to release."""
-        numbers = [self.releases, -1 if info is None else info.step, 0]
+        numbers = {"the release's number": self.releases, "the batch": -1 if info is None else info.step}
         with self._processes.together("step()", numbers):
+            if self._processes.size > 1 and self._completed != self.releases:
+                raise RuntimeError(
+                    "an earlier step failed here after it was booked, so parameters or thresholds are no longer those "
+                    "of the other processes: load the last checkpoint in all of them"
+                )
             self.check_release(info)
             self._sum.check_intact()
             self._sum.check_rows()
+            if info is not None and not self._sum.holds(info.step):
+                # No backward for this batch (the loop skipped it): the step is noise alone, of the norms there are now.
+                self._sum.reset()
             self._sum.begin()
-            numbers[2] = self._sum.clipping.agreed()
+            if self._processes.size > 1:
+                # All make the same noise. With one deviation here and another there, who sees both results sees their
+                # difference, and the noise, and then the sum.
+                numbers["noise_multiplier"] = struct.unpack("<q", struct.pack("<d", abs(self._noise)))[0]
+                numbers["the clipping norms"] = self._sum.clipping.agreed()
+                numbers["the trained parameters and their groups"] = self._sum.agreed()
+                # All are refused by the budget, or none is.
+                numbers["the account and its budget"] = self._account()
 
     def check_release(self, info: BatchInfo | None) -> None:
         """Take the noise of the release that is next; RuntimeError if it would be of a batch released before."""
@@ -310,7 +330,7 @@ class DPOptimizer(torch.optim.Optimizer):
         if info is not None:
             self._released = info.step
         step = self.releases
-        self.releases += 1
+        self._sum.release += 1
         self.used_thresholds = self._sum.clipping.thresholds.clone()
         params = self.trained()
         return step, params, self._stds(params)

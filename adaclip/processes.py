@@ -12,8 +12,10 @@ without noise, so it must not leave what is trusted with the data.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import compress
 from typing import Any
 
 import torch
@@ -26,6 +28,9 @@ __all__ = ["Processes"]
 
 # Bytes of small tensors that are copied together for one message, and from which on a tensor is one by itself.
 _BUCKET, _ALONE = 4 << 20, 1 << 20
+# Numbers that one agreement may compare: all agreements send messages of one length, so that two different ones that
+# meet, after an error that somebody caught, are told apart.
+_MOST_NUMBERS = 6
 
 
 class Processes:
@@ -66,20 +71,24 @@ class Processes:
 
     # --- agreement ---------------------------------------------------------------------------------
 
-    def agree(self, what: str, problem: BaseException | None = None, numbers: Sequence[int] = ()) -> None:
+    def agree(
+        self, what: str, problem: BaseException | None = None, numbers: Mapping[str, int] | None = None
+    ) -> None:
         """Go on together or not at all: every process calls this at the same point.
 
         Args:
             what: what is about to be done, for the message.
             problem: why this process cannot.
-            numbers: what must be the same in all of them, each below 2^63 in size.
+            numbers: what must be the same in all of them, by name, each below 2^63 in size; at most 6.
 
         Raises:
             problem itself; RuntimeError where another process has one, numbers differ, or a process was lost.
         """
         if self.size > 1:
-            said = [int(problem is not None), *numbers, *(-n for n in numbers)]
-            found = torch.tensor(said, dtype=torch.int64)
+            names = [] if numbers is None else list(numbers)
+            said = [zlib.crc32(what.encode()), *(numbers[name] for name in names)]
+            said += [0] * (1 + _MOST_NUMBERS - len(said))
+            found = torch.tensor([int(problem is not None), *said, *(-n for n in said)], dtype=torch.int64)
             try:
                 dist.all_reduce(found, dist.ReduceOp.MAX, self._control)
             except RuntimeError as error:
@@ -93,15 +102,17 @@ class Processes:
                 raise RuntimeError(
                     f"{what}: another process could not, and says why; none of them has done it"
                 )
-            most, least = rest[: len(numbers)], [-n for n in rest[len(numbers) :]]
-            if most != least:
+            differ = [a != -b for a, b in zip(rest[: len(said)], rest[len(said) :], strict=True)]
+            if any(differ):
+                # Where they do not even do the same, their numbers are of different things.
+                unlike = "what they do" if differ[0] else ", ".join(compress(names, differ[1:]))
                 raise RuntimeError(
-                    f"{what}: the processes are not at the same point, {least} in one and {most} in another: "
-                    "every process must take every batch and make every step"
+                    f"{what}: the processes are not at the same point ({unlike} must be the same in all): every "
+                    "process must take every batch, make every step and have the same settings"
                 )
 
     @contextmanager
-    def together(self, what: str, numbers: Sequence[int] = ()) -> Iterator[None]:
+    def together(self, what: str, numbers: Mapping[str, int] | None = None) -> Iterator[None]:
         """`agree` on leaving: what is inside succeeds in every process, or each of them raises."""
         problem: Exception | None = None
         try:
@@ -179,8 +190,13 @@ class Processes:
         if self.size == 1:
             return
         for tensor in [*module.parameters(), *module.buffers()]:
-            # A detached tensor shares the memory and the version counter.
-            dist.broadcast(tensor.detach(), group=self._group, group_src=0)
+            # A broadcast writes as many numbers in a row as there are elements, whatever the strides. Of an expanded
+            # tensor each is there once.
+            kept = tensor.detach()[tuple(slice(1 if s == 0 else None) for s in tensor.stride())]
+            sent = kept.contiguous()
+            dist.broadcast(sent, group=self._group, group_src=0)
+            if sent is not kept:
+                kept.copy_(sent)
 
     # --- sums --------------------------------------------------------------------------------------
 

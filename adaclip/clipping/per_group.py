@@ -107,7 +107,7 @@ class PerGroupClipping(Clipping):
         return self._group_of[parameter]
 
     def agreed(self) -> int:
-        return zlib.crc32(repr(self._norms).encode())
+        return zlib.crc32(repr(self._norms).encode(), super().agreed())
 
     def noise_scale(self) -> Tensor:
         """float64 [K]: g_k sqrt(sum_j C_j^2/g_j^2), j over the groups with a parameter that is trained now.
