@@ -36,11 +36,11 @@ def save(path: str | os.PathLike, state: dict[str, Any]) -> None:
     """Write `state` (tensors and plain values) so that `path` is the old file or the whole new one, on disk.
 
     Raises:
-        TypeError: the module's or the optimizer's state holds something else, which could not be read again.
+        TypeError: it holds something else (a module's state, say), which could not be read again.
         OSError: it cannot be written; an existing file is unchanged.
     """
-    for name in ("module", "optimizer"):
-        check_extra(state[name], name)
+    for name, value in state.items():
+        check_extra(value, name)
 
     def write(file: BinaryIO) -> None:
         output = Output(file)

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from adaclip import __version__
 
@@ -53,14 +53,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """One whose errors are one paragraph, whatever was given."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(" ".join(message.split()))
+
+
 def _parser() -> argparse.ArgumentParser:
     from adaclip.cli_audit import add_audit_parser
     from adaclip.cli_compare import add_compare_parser
     from adaclip.cli_privacy import add_calibrate_parser, add_epsilon_parser
 
-    parser = argparse.ArgumentParser(
-        prog="adaclip", description="Differentially private training of convolutional networks."
-    )
+    parser = _Parser(prog="adaclip", description="Differentially private training of convolutional networks.")
     parser.add_argument("--version", action="version", version=f"adaclip {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)

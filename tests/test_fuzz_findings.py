@@ -24,6 +24,7 @@ from adaclip.accounting import (
 )
 from adaclip.budget import Budget
 from adaclip.checkpoint_form import check_extra
+from adaclip.cli import main
 from adaclip.clipping import FlatClipping, make_clipping
 from adaclip.groups import LabelGroups
 from adaclip.noise import NoiseSource
@@ -268,3 +269,8 @@ def test_calibration_where_delta_is_the_total_variation():
         target_epsilon=0.318, accountant="pld", sampling="truncated_poisson", overflow=0.0, **arguments
     )
     assert 0 < sigma < 0.3
+
+
+def test_an_argument_of_lines_is_told_in_one(capsys):
+    assert main(["audit", "a\nb"]) == 2
+    assert capsys.readouterr().err.endswith("adaclip: error: unrecognized arguments: a b\n")
