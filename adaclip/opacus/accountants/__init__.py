@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn
 
@@ -17,7 +18,7 @@ __all__ = ["IAccountant", "PRVAccountant", "RDPAccountant", "create_accountant",
 _State = Mapping[str, Any]
 
 
-class IAccountant:
+class IAccountant(ABC):
     """Opacus's accountant over one of adaclip's own, or over that of an engine, which `of` gives.
 
     `len()` is the number of releases. (Opacus's is the number of runs of equal ones.)
@@ -31,9 +32,9 @@ class IAccountant:
         self._own = own
 
     @classmethod
+    @abstractmethod
     def mechanism(cls) -> str:
         """Opacus's name of it."""
-        raise NotImplementedError
 
     def step(self, *, noise_multiplier: float, sample_rate: float) -> None:
         """Book one release. An engine books its own: this is for releases made elsewhere on the same data."""
